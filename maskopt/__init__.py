@@ -1,0 +1,21 @@
+"""Freeze any element of any parameter in JAX, and pay only for what you train."""
+
+# Transforms
+from ._freeze import (
+  apply_updates as apply_updates,
+  mask_of as mask_of,
+  masked_freeze as masked_freeze,
+  selective_transform as selective_transform,
+  stop_gradient as stop_gradient,
+)
+
+# Masks
+from ._masks import (
+  intersection as intersection,
+  invert as invert,
+  runtime as runtime,
+  union as union,
+)
+from ._packing import pack as pack, unpack as unpack
+
+__version__ = "0.1.0"

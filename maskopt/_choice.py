@@ -1,0 +1,157 @@
+"""Which layout a leaf gets: the structure of its mask, and what was measured on each platform."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _layout
+from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
+from ._masks import LeafMask, Runtime
+
+Prefer = Literal["time", "memory", "values"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Largest trainable share at which a layout is faster than Dense for one Adam step.
+
+  `run_bytes` parts rows from columns: a block whose contiguous runs are shorter moves like columns.
+  Below `small` elements a scattered mask compiles and runs better as Dense.
+  """
+
+  slice: float
+  rows: float
+  columns: float
+  elements: float
+  run_bytes: int = 64
+  small: int = 65_536
+
+
+# benchmarks/step.py measures these; TPU from the compiler's own estimates, for want of a machine.
+_LIMITS = {
+  "cpu": Limits(slice=0.4, rows=0.4, columns=0.2, elements=0.12),
+  "gpu": Limits(slice=0.6, rows=0.6, columns=0.4, elements=0.3),
+  "tpu": Limits(slice=0.6, rows=0.4, columns=0.0, elements=0.0),
+}
+# Adam in float32 holds 8 bytes an element; packed values add 4 of index, so memory ties here.
+_MEMORY_TIE = 2 / 3
+_INT32 = 2**31 - 1
+
+
+def platform_of(leaves: list[Any]) -> str:
+  """The platform the parameters live on, or JAX's default while they are abstract."""
+  for x in leaves:
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      return next(iter(x.devices())).platform
+  return jax.default_backend()
+
+
+def choose(
+  mask: LeafMask, leaf: Any, dtype: Any, *, platform: str, prefer: Prefer, keep_rank: bool
+) -> tuple[Layout, Index]:
+  """Return the leaf's layout and the arrays it needs at run time.
+
+  Args:
+    mask: from `_masks.resolve`, so of the leaf's rank.
+    leaf: anything with the parameter's shape.
+    dtype: the parameter's dtype.
+    platform: "cpu", "gpu", "tpu"; others are treated as "gpu".
+    prefer: "memory" packs whenever that is smaller, faster or not; "values" whenever it can.
+    keep_rank: keep every product of index sets a Block, for an optimizer that sees the leaf's shape.
+  """
+  shape = tuple(np.shape(leaf))
+  extended = jnp.issubdtype(dtype, jax.dtypes.extended)  # PRNG keys, which are always frozen
+  name = "uint32" if extended else np.dtype(dtype).name
+  if isinstance(mask, Runtime):
+    return _runtime(mask, shape, name)
+  if isinstance(mask, bool):
+    return (Frozen if mask else Full)(shape, name), {}
+  trainable = ~mask  # type: ignore[operator]
+  dims = index_sets(trainable, shape)
+  if dims is not None and all(len(d) == n for d, n in zip(dims, shape, strict=True)):
+    return Full(shape, name), {}
+  if dims is not None and any(len(d) == 0 for d in dims):
+    return Frozen(shape, name), {}
+  limits = _LIMITS.get(platform, _LIMITS["gpu"])
+  share = np.count_nonzero(trainable) / trainable.size
+  if dims is not None:
+    packed = _block(dims, shape, name)
+    if share <= _block_limit(packed[0], limits) or prefer != "time" or keep_rank:
+      return packed
+  elif _elements_pay(share, math.prod(shape), limits, prefer):
+    return _elements(trainable, shape, name)
+  frozen = _layout.digest(mask.shape, np.packbits(mask).tobytes())  # type: ignore[union-attr]
+  count = round(share * math.prod(shape))
+  return Dense(shape, name, frozen, count), {"frozen": mask}
+
+
+def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray] | None:
+  """The per-dimension index sets whose product the trainable elements are, or None.
+
+  A set is a product exactly if its size is the product of the sizes of its projections. Works on the
+  mask as it broadcasts, so a row mask of a huge leaf costs its rows.
+  """
+  projections = [
+    trainable.any(axis=tuple(k for k in range(trainable.ndim) if k != d))
+    for d in range(trainable.ndim)
+  ]
+  if np.count_nonzero(trainable) != math.prod(int(np.count_nonzero(p)) for p in projections):
+    return None
+  return [np.flatnonzero(np.broadcast_to(p, (n,))) for p, n in zip(projections, shape, strict=True)]
+
+
+def _block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
+  block = tuple(len(d) for d in dims)
+  if all(d[-1] - d[0] + 1 == len(d) for d in dims):
+    start = np.array([d[0] for d in dims], np.int32)
+    return Slice(shape, name, _layout.digest("slice", start.tobytes()), block), {"start": start}
+  picked = tuple(d.astype(np.int32) for d, n in zip(dims, shape, strict=True) if len(d) != n)
+  digest = _layout.digest("block", *(d.tobytes() for d in picked))
+  return Block(shape, name, digest, block), {"dims": picked}
+
+
+def _block_limit(layout: Layout, limits: Limits) -> float:
+  if isinstance(layout, Slice):
+    return limits.slice
+  leading = max(d for d, n in enumerate(layout.shape) if layout.packed_shape[d] != n) + 1  # type: ignore[index]
+  if math.prod(layout.shape[:leading]) > _INT32:
+    return -1.0  # positions would not fit 32 bits
+  run = math.prod(layout.shape[leading:]) * jnp.dtype(layout.dtype).itemsize
+  return limits.rows if run >= limits.run_bytes else limits.columns
+
+
+def _elements_pay(share: float, size: int, limits: Limits, prefer: Prefer) -> bool:
+  if size > _INT32:
+    return False
+  if prefer == "time":
+    return size >= limits.small and share <= limits.elements
+  return prefer == "values" or share <= _MEMORY_TIE
+
+
+def _elements(trainable: np.ndarray, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
+  flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
+  return Elements(shape, name, _layout.digest("elements", flat.tobytes()), len(flat)), {
+    "flat": flat
+  }
+
+
+def _runtime(mask: Runtime, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
+  if mask.count is None:
+    return Dense(shape, name), {"frozen": mask.mask}
+  layout = Elements(shape, name, "", mask.count)
+  return layout, {"flat": positions(mask.mask, shape, mask.count)}
+
+
+def positions(frozen: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+  """Flat positions of the trainable elements, sorted; unused slots lie past the end, still unique."""
+  size = math.prod(shape)
+  flat = jnp.broadcast_to(~frozen, shape).reshape(-1)
+  found = jnp.nonzero(flat, size=count, fill_value=size)[0].astype(jnp.int32)
+  used = jnp.arange(count, dtype=jnp.int32)
+  return jnp.where(found < size, found, size + used)

@@ -1,0 +1,379 @@
+"""The transforms: zero frozen updates, or optimize the trainable values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _layout, _masks, _masters, _packing, _provenance, _remask, _tree
+from ._choice import Prefer
+from ._errors import Problem, describe, fail
+from ._layout import Frozen, Full, Index, Layout
+from ._masks import FreezeMask, Runtime
+from ._owner import Owner
+from ._packing import Layouts, Packed, is_packed
+from ._provenance import Record
+
+
+class MaskedFreezeState(NamedTuple):
+  """State of `masked_freeze`: the mask it works with."""
+
+  layouts: Any
+
+
+class SelectiveState(NamedTuple):
+  """State of `selective_transform`.
+
+  Attributes:
+    inner_state: the inner optimizer's state over packed values.
+    layouts: the freeze mask as it works; `maskopt.mask_of` finds it.
+    masters: packed values in the master dtype where that is wider than the parameter, else
+      `optax.MaskedNode`; None without `master_dtype`.
+  """
+
+  inner_state: Any
+  layouts: Any
+  masters: Any
+
+
+# Stands for the layouts where `optax.tree_map_params` asks for a state's structure: a leaf, so that
+# it is a prefix of whatever the layouts are.
+_UNKNOWN = 0
+
+
+def _is_placeholder(params: Any) -> bool:
+  """Whether `init` is asked for the state's structure only, as by `optax.tree_map_params`."""
+  return not isinstance(params, (Mapping, list, tuple)) and not _tree.flatten(params).leaves
+
+
+def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraArgs:
+  """Zero the updates of frozen elements.
+
+    new_update[i] = -0.0 if freeze_mask[i] else update[i]        True = frozen
+
+  Chain it last: what stands after it can move a frozen element again, and what stands before it (a
+  clip, a moment, a finiteness check) has seen the frozen gradients. `selective_transform` has
+  neither limit and costs less. The zero is negative because adding -0.0 changes no number's sign.
+
+  Args:
+    freeze_mask: a freeze mask over the parameters; bools and NumPy arrays are analysed once, a
+      `jax.Array` is data.
+  Returns:
+    A transformation with updates of the same structure, shapes and dtypes; NaN and Inf at frozen
+    elements become zero. Its state holds the mask, at most one byte an element. `update` takes
+    `freeze_mask=` too: the next value of a runtime mask, without a retrace.
+  Raises:
+    ValueError: the mask names no parameter, misses one, or does not broadcast; lists every path.
+    TypeError: a mask leaf is not boolean, or an integer parameter would train.
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, optax, maskopt
+    >>> params = {"w": jnp.array([1.0, 1.0])}
+    >>> tx = optax.chain(optax.sgd(0.5), maskopt.masked_freeze({"w": np.array([True, False])}))
+    >>> updates, _ = tx.update({"w": jnp.array([jnp.nan, 1.0])}, tx.init(params), params)
+    >>> maskopt.apply_updates(params, updates)["w"].tolist()
+    [1.0, 0.5]
+  """
+  where = "maskopt.masked_freeze(freeze_mask=...)"
+  owner = Owner(freeze_mask, where, prefer="time")
+
+  def init(params: chex.ArrayTree) -> MaskedFreezeState:
+    if _is_placeholder(params):
+      return MaskedFreezeState(_UNKNOWN)
+    return MaskedFreezeState(owner.layouts(params))
+
+  def update(updates: Any, state: MaskedFreezeState, params: Any = None, **extra: Any) -> Any:
+    owner.check(state.layouts)
+    layouts = state.layouts
+    if extra.get("freeze_mask") is not None:
+      layouts = _remask.with_mask(layouts, extra["freeze_mask"], where)
+    zeroed = layouts.map(_zeroed_update, layouts.flat(updates, where))
+    return zeroed, MaskedFreezeState(layouts)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeroed_update(update: Any, layout: Layout, index: Index) -> Any:
+  if is_packed(update) or _tree.is_hole(update) or isinstance(layout, Full):
+    return update
+  return _dense(Record(layout, index, layout.take(update, index)), jnp.result_type(update))
+
+
+def _dense(record: Record, dtype: Any) -> Any:
+  """The full-shaped update whose frozen elements are -0.0, remembered as its packed values."""
+  layout = record.layout
+  zeros = jnp.full(layout.shape, -0.0 if jnp.issubdtype(dtype, np.inexact) else 0, dtype)
+  return _provenance.remember(layout.put(record.values, zeros, record.index), record)
+
+
+def selective_transform(
+  optimizer: optax.GradientTransformation,
+  *,
+  freeze_mask: FreezeMask,
+  prefer: Prefer = "time",
+  master_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Run an optimizer on the trainable elements as if the others did not exist.
+
+    v = take(params), g = take(grads)        the trainable values of every leaf
+    u, state = optimizer.update(g, state, v)
+    update[i] = u[k] if i == trainable[k] else -0.0
+
+  Frozen gradients reach no norm, moment, clip or finiteness check, so they may be NaN. With
+  `maskopt.apply_updates` in the same `jit` the dense updates are never built.
+
+  Args:
+    optimizer: any Optax transformation, `optax.MultiSteps` too.
+    freeze_mask: a freeze mask over the parameters; True = frozen. A function of the parameters is
+      called once, in `init`.
+    prefer: "time" stores each leaf the way that is fastest on its platform; "memory" packs even
+      where a dense leaf would be faster.
+    master_dtype: keep the trainable values of narrower float parameters in this dtype, train those,
+      and let `maskopt.apply_updates` set their rounded values.
+  Returns:
+    A transformation: full-shaped updates for array gradients, packed updates for packed gradients.
+    Its state holds the inner state over trainable values plus at most 4 bytes for a scattered
+    trainable element (or one byte an element of a leaf that stays dense). Extra arguments shaped
+    like the parameters are packed too; functions among them (a line search's `value_fn`) see full
+    parameters. `update` takes `freeze_mask=`: the next value of a runtime mask, without a retrace;
+    elements that stay trainable keep their moments, newly trainable ones start anew.
+  Raises:
+    ValueError: the mask does not fit the parameters, the state is another mask's, or one array
+      stands at two paths; TypeError: a mask leaf is not boolean, or an integer parameter would train.
+  Warns:
+    UserWarning: the optimizer depends on the shape of a leaf (muon, adafactor) whose trainable
+      elements are no block; names the leaf.
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, optax, maskopt
+    >>> params = {"w": jnp.array([1.0, 1.0])}
+    >>> tx = maskopt.selective_transform(optax.adamw(0.1), freeze_mask={"w": np.array([True, False])})
+    >>> updates, _ = tx.update({"w": jnp.array([jnp.nan, 1.0])}, tx.init(params), params)
+    >>> float(maskopt.apply_updates(params, updates)["w"][0])
+    1.0
+  """
+  where = "maskopt.selective_transform(freeze_mask=...)"
+  if prefer not in ("time", "memory"):
+    problem = Problem("", '"time" or "memory"', repr(prefer))
+    fail("maskopt.selective_transform(prefer=...)", [problem], "Leave it out for speed.")
+  inner = _with_extra_args(optimizer)
+  owner = Owner(freeze_mask, where, prefer=prefer, optimizer=inner)
+
+  def init(params: chex.ArrayTree) -> SelectiveState:
+    if _is_placeholder(params):
+      return SelectiveState(inner.init(params), _UNKNOWN, None if master_dtype is None else params)
+    params = _tree.parameters(params)
+    layouts = owner.layouts(params)
+    values = layouts.take(params, where)
+    masters = _masters.create(values, master_dtype)
+    return SelectiveState(inner.init(_masters.over(masters, values)), layouts, masters)
+
+  def update(grads: Any, state: SelectiveState, params: Any = None, **extra: Any) -> Any:
+    next_mask = extra.pop("freeze_mask", None)
+    owner.check(state.layouts)
+    _need_params(params, where, master_dtype, next_mask)
+    if next_mask is not None:
+      state = _remask.remasked(inner, state, next_mask, params, where)
+    layouts = state.layouts
+    values = None if params is None else layouts.take(params, where)
+    masters = _masters.follow(state.masters, values)
+    updates, inner_state = inner.update(
+      _masters.like(masters, layouts.take(grads, where)),
+      state.inner_state,
+      _masters.over(masters, values),
+      **{k: _packed_argument(v, layouts, params, where) for k, v in extra.items()},
+    )
+    masters, targets = _masters.step(masters, updates, values)
+    full = layouts.map(_outgoing, layouts.flat(grads, where), updates, targets)
+    return full, state._replace(inner_state=inner_state, masters=masters)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+  if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    problem = Problem("", "an Optax transformation", describe(optimizer), TypeError)
+    fail("maskopt.selective_transform(optimizer, ...)", [problem], "Give it optax.adam(1e-3), say.")
+  if isinstance(optimizer, optax.GradientTransformation):
+    return optax.with_extra_args_support(optimizer)
+  return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)  # MultiSteps
+
+
+def _need_params(params: Any, where: str, master_dtype: Any, next_mask: Any) -> None:
+  if params is None and (master_dtype is not None or next_mask is not None):
+    expected = "the parameters as update's third argument (master_dtype and freeze_mask= read them)"
+    fail(where, [Problem("", expected, "None")], "Call tx.update(grads, state, params).")
+
+
+def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any) -> Any:
+  """One leaf's update in the form its gradient had: packed in, packed out; array in, array out.
+
+  `target` is (new value, difference to the old one) where the parameter is to be set.
+  """
+  if isinstance(layout, Frozen):
+    return (
+      Packed(None, layout) if is_packed(grad) else _dense(Record(layout, index, None), layout.dtype)
+    )
+  if _tree.is_hole(update):
+    return update
+  sets = target is not None
+  if is_packed(grad):
+    return Packed(target[0] if sets else update, layout, sets, index)
+  if sets:
+    full = _dense(Record(layout, index, target[1]), target[1].dtype)
+    return _provenance.remember(full, Record(layout, index, target[0], sets=True))
+  if isinstance(layout, Full):
+    return update
+  return _dense(Record(layout, index, update), update.dtype)
+
+
+def _packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:
+  """An extra argument as the inner optimizer must see it; functions see full parameters."""
+  if callable(value) and params is not None:
+
+    def on_full(*args: Any, **kwargs: Any) -> Any:
+      args = tuple(_unpacked_argument(a, layouts, params, where) for a in args)
+      return _packed_argument(value(*args, **kwargs), layouts, params, where)
+
+    return on_full
+  if _matches(value, layouts, lambda layout: layout.shape):
+    return layouts.take(value, where)
+  return value
+
+
+def _unpacked_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:
+  if not _matches(value, layouts, lambda layout: layout.packed_shape):
+    return value
+  full = layouts.flat(params, where)
+  return layouts.map(lambda p, layout, index, v: layout.put(v, p, index), full, value)
+
+
+def _matches(value: Any, layouts: Layouts, shape_of: Callable[[Layout], Any]) -> bool:
+  """Whether a tree has the parameters' paths and the given shapes; a lone scalar is no tree."""
+  flat = _tree.flatten(value)
+  if flat.paths != layouts.static.paths or flat.paths == ("",) and np.shape(value) == ():
+    return False
+  return all(
+    layout is None or (_shape(leaf) == shape_of(layout))
+    for leaf, layout in zip(flat.leaves, layouts.static.layouts, strict=True)
+  )
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+  return None if _tree.is_hole(leaf) else np.shape(leaf)
+
+
+def apply_updates(params: chex.ArrayTree, updates: chex.ArrayTree) -> chex.ArrayTree:
+  """Add updates to parameters, in place on the trainable elements.
+
+    new[i] = params[i] if updates[i] == 0 else params[i] + updates[i]
+
+  The first case keeps the bits: -0.0, subnormals and NaN payloads too. In one `jit` with the
+  `update` that made them, the updates of packed leaves are added to their trainable elements alone
+  and the dense updates are never built; donate the parameters to make that in place. Everywhere
+  else, and with any other updates, the equation above is computed on the whole leaf.
+
+  Args:
+    params: the parameters, in any containers.
+    updates: arrays of the same shapes, or packed leaves; the sum is taken in the wider dtype.
+  Returns:
+    The new parameters, same containers, shapes and dtypes. NaN updates make NaN where they train.
+  Raises:
+    ValueError: the trees have different paths or shapes; lists every one.
+  Example:
+    >>> import jax.numpy as jnp, maskopt
+    >>> maskopt.apply_updates({"w": jnp.array([-0.0, 1.0])}, {"w": jnp.array([0.0, 2.0])})["w"]
+    Array([-0.,  3.], dtype=float32)
+  """
+  where = "maskopt.apply_updates(updates=...)"
+  flat = _tree.flatten(params)
+  given = _tree.flatten(updates, is_leaf=is_packed)
+  if flat.paths != given.paths:
+    _packing.fail_paths(given.paths, flat.paths, where)
+  problems = [
+    Problem(path, f"an update of shape {np.shape(p)}", describe(u))
+    for path, p, u in zip(flat.paths, flat.leaves, given.leaves, strict=True)
+    if not (_tree.is_hole(p) or _tree.is_hole(u)) and np.shape(p) != np.shape(u)
+  ]
+  if problems:
+    fail(where, problems, "Give the updates that the transformation returned for these parameters.")
+  return flat.unflatten([_applied(p, u) for p, u in zip(flat.leaves, given.leaves, strict=True)])
+
+
+def _applied(p: Any, u: Any) -> Any:
+  if is_packed(u):
+    return u.__radd__(p)
+  if _tree.is_hole(p) or _tree.is_hole(u) or getattr(u, "dtype", None) == jax.dtypes.float0:
+    return p
+  record = _provenance.recall(u)
+  if record is not None and record.layout.shape == np.shape(p):
+    return _packing.applied(p, record)
+  return _layout.added(jnp.asarray(p), jnp.asarray(u))
+
+
+def mask_of(state: Any) -> Layouts:
+  """Return the freeze mask a transform works with, from its optimizer state.
+
+  Args:
+    state: the state of `selective_transform` or `masked_freeze`, or any state that holds one.
+  Returns:
+    The mask and its layout for each leaf. Give it wherever a freeze mask is asked for: its index
+    arrays are then arguments of the surrounding `jit`. `.freeze_mask` is the mask as bools.
+  Raises:
+    ValueError: the state holds no mask, or several different ones.
+  Example:
+    >>> import jax.numpy as jnp, optax, maskopt
+    >>> tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": True})
+    >>> maskopt.mask_of(tx.init({"w": jnp.ones(3)})).freeze_mask
+    {'w': True}
+  """
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts))
+  found = {x.static: x for x in nodes if isinstance(x, Layouts)}
+  if len(found) != 1:
+    problem = Problem("", "a state with one freeze mask", f"one with {len(found)}")
+    fail("maskopt.mask_of(state)", [problem], "Give it the state of one maskopt transform.")
+  return next(iter(found.values()))
+
+
+def stop_gradient(params: chex.ArrayTree, freeze_mask: FreezeMask) -> chex.ArrayTree:
+  """Stop the gradient of frozen elements, inside a loss.
+
+    value[i] = params[i],    d value[i] / d params[i] = 0 if freeze_mask[i] else 1
+
+  For a loop without an optimizer to wrap. Under an optimizer it is not freezing: weight decay and
+  momentum still move what has no gradient. Only wholly frozen leaves save backward FLOPs.
+
+  Args:
+    params: the parameters.
+    freeze_mask: a freeze mask over them.
+  Returns:
+    The same parameters, bit for bit.
+  Raises:
+    ValueError: the mask does not fit; TypeError: a mask leaf is not boolean.
+  Example:
+    >>> import jax, jax.numpy as jnp, numpy as np, maskopt
+    >>> loss = lambda w: (maskopt.stop_gradient(w, np.array([True, False])) ** 2).sum()
+    >>> jax.grad(loss)(jnp.array([1.0, 1.0])).tolist()
+    [0.0, 2.0]
+  """
+  where = "maskopt.stop_gradient(freeze_mask=...)"
+  flat = _tree.flatten(params)
+  if isinstance(freeze_mask, Layouts):
+    freeze_mask = freeze_mask.freeze_mask
+  masks = _masks.resolve(freeze_mask, params, where)
+  return flat.unflatten(
+    [_stopped(leaf, mask) for leaf, mask in zip(flat.leaves, masks, strict=True)]
+  )
+
+
+def _stopped(leaf: Any, mask: _masks.LeafMask) -> Any:
+  if mask is None or mask is False:
+    return leaf
+  still = jax.lax.stop_gradient(leaf)
+  if mask is True:
+    return still
+  return jnp.where(mask.mask if isinstance(mask, Runtime) else mask, still, leaf)

@@ -1,0 +1,365 @@
+"""What a freeze mask is: bools over the parameters, True = frozen.
+
+A leaf is a bool for the whole parameter or a bool array that broadcasts to it, so structure stays in
+the shape: `(out,)` freezes units of an `(in, out)` kernel and costs `out` bytes however large `in` is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import _tree
+from ._errors import Problem, describe, fail, show
+
+FreezeMask = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
+
+_BUILD = "Build the mask with maskopt.build_mask."
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mask"], meta_fields=["count"])
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+  """A mask leaf that is data: it may change from step to step without recompiling.
+
+  Attributes:
+    mask: bool `jax.Array` that broadcasts to the parameter; True = frozen.
+    count: number of trainable elements if it never changes, else None.
+  """
+
+  mask: jax.Array
+  count: int | None = None
+
+
+# What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank, or
+# None where there is no parameter.
+LeafMask = bool | np.ndarray | Runtime | None
+
+
+def is_function(freeze_mask: Any) -> bool:
+  """Whether the mask is a function of the parameters, and not a callable module of masks."""
+  return (
+    callable(freeze_mask)
+    and not isinstance(freeze_mask, nnx.Module)
+    and jax.tree_util.all_leaves([freeze_mask])
+  )
+
+
+def is_bool(mask: Any) -> bool:
+  return isinstance(mask, (bool, np.bool_))
+
+
+def _is_leaf(x: Any) -> bool:
+  return isinstance(x, Runtime)
+
+
+def flatten(freeze_mask: Any) -> _tree.Flat:
+  """Flatten a mask, keeping `Runtime` leaves whole."""
+  return _tree.flatten(freeze_mask, is_leaf=_is_leaf)
+
+
+def evaluate(freeze_mask: FreezeMask, params: Any) -> Any:
+  """The mask itself, calling it with the parameters if it is a function of them."""
+  return freeze_mask(_tree.parameters(params)) if is_function(freeze_mask) else freeze_mask
+
+
+def resolve(freeze_mask: FreezeMask, params: Any, where: str) -> list[LeafMask]:
+  """Return one mask per parameter leaf, in the order of `_tree.flatten(params)`.
+
+  Args:
+    freeze_mask: any form of freeze mask.
+    params: the parameters, concrete or abstract, or their `Flat`.
+    where: the call that errors name, as `maskopt.f(freeze_mask=...)`.
+  Raises:
+    TypeError: a mask leaf is not boolean.
+    ValueError: a path is missing, unknown, or its mask does not broadcast; all are listed.
+  """
+  flat = params if isinstance(params, _tree.Flat) else _tree.flatten(params)
+  return align(flatten(evaluate(freeze_mask, params)), flat, _checked, where, "a freeze mask")
+
+
+def align(
+  entries: _tree.Flat, flat: _tree.Flat, checked: Callable, where: str, what: str
+) -> list[Any]:
+  """Bring each entry to the parameters its path names or covers; None at holes.
+
+  `checked(entry, leaf, path, own, problems)` returns what one parameter gets; `own` says that the
+  entry stands at the parameter itself and not at a subtree that holds it.
+  """
+  found = dict(zip(entries.paths, entries.leaves, strict=True))
+  problems: list[Problem] = []
+  result: list[Any] = []
+  for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+    name = next((a for a in _tree.ancestors(path) if a in found), None)
+    if _tree.is_hole(leaf):
+      result.append(None)
+    elif name is None:
+      result.append(None)
+      problems.append(Problem(path, what, "none"))
+    else:
+      result.append(checked(found[name], leaf, path, name == path, problems))
+  problems += _strangers(entries.paths, flat)
+  if problems:
+    fail(where, problems, _remedy(problems, flat, what))
+  return result
+
+
+def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]) -> LeafMask:
+  """One leaf's mask brought to the rank of its parameter; complaints go to `problems`."""
+  if is_bool(mask):
+    return bool(mask)
+  shape = np.shape(leaf)
+  array = mask.mask if isinstance(mask, Runtime) else mask
+  if not isinstance(array, (np.ndarray, jax.Array)) or array.dtype != np.bool_:
+    got = describe(array)
+    problems.append(Problem(path, f"bool broadcastable to {shape}", got, TypeError))
+    return None
+  if not own:
+    problems.append(Problem(path, "a bool, for the mask is given to a subtree", describe(array)))
+    return None
+  size = int(np.prod(shape, dtype=np.int64))
+  if not _broadcasts(array.shape, shape) or (array.size == 1 and size > 1):
+    extra = " (one element on a larger leaf: write a bool)" if array.size == 1 else ""
+    problems.append(Problem(path, f"bool broadcastable to {shape}", describe(array) + extra))
+    return None
+  array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+  if isinstance(array, np.ndarray):
+    return array
+  count = mask.count if isinstance(mask, Runtime) else None
+  if count is not None and not 0 <= count <= size:
+    problems.append(Problem(path, f"a count of trainable elements in [0, {size}]", str(count)))
+    return None
+  return Runtime(array, count)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+  return len(shape) <= len(to) and all(
+    n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
+  )
+
+
+def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Problem]:
+  """Mask paths that name no parameter; below a hole nothing can be asked."""
+  known = {a for path in flat.paths for a in _tree.ancestors(path)}
+  holes = {p for p, leaf in zip(flat.paths, flat.leaves, strict=True) if _tree.is_hole(leaf)}
+  for path in mask_paths:
+    if path not in known and not any(a in holes for a in _tree.ancestors(path)):
+      yield Problem(path, "a parameter", "none of that path")
+
+
+def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
+  build = _BUILD if what == "a freeze mask" else "Build the tree with maskopt.build_multipliers."
+  if all(p.expected in ("a parameter", what) for p in problems):
+    shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
+    return f"The parameters are {shown}. {build}"
+  return build
+
+
+def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None:
+  """Raise if an integer leaf trains or one array stands at two paths."""
+  problems, seen = [], {}
+  for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True):
+    if mask is None:
+      continue
+    if not jnp.issubdtype(dtype_of(leaf), jnp.inexact) and not _all_frozen(mask):
+      got = f"{dtype_of(leaf)}, of which some would train"
+      problems.append(Problem(path, "a float or complex parameter", got, TypeError))
+    if isinstance(leaf, (jax.Array, np.ndarray)):
+      other = seen.setdefault(id(leaf), path)
+      if other != path:
+        problems.append(Problem(path, "an array of its own", f"the one that is at {show(other)}"))
+  if problems:
+    fail(where, problems, "Freeze integer leaves; keep a shared array at one path.")
+
+
+def dtype_of(leaf: Any) -> Any:
+  """The dtype a leaf has as a JAX array; Python numbers take JAX's defaults."""
+  return leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.canonicalize_dtype(type(leaf))
+
+
+def _all_frozen(mask: LeafMask) -> bool:
+  return not isinstance(mask, Runtime) and bool(np.all(mask))  # type: ignore[arg-type]
+
+
+def runtime(freeze_mask: chex.ArrayTree, count: Any = None) -> chex.ArrayTree:
+  """Mark masks as runtime data, so that they may change without recompiling.
+
+    update[i] = 0 if mask_now[i] else update[i]        one compilation for every mask
+
+  Args:
+    freeze_mask: a bool array or a tree of them; NumPy arrays become `jax.Array`s, bools stay static.
+    count: how many elements of each leaf train, if that never changes: an int, or a tree of ints
+      like `freeze_mask`. With it the optimizer state is packed (`count` values and 4 bytes of
+      index each); without it the state has the parameter's shape.
+  Returns:
+    The same tree with runtime leaves, to be given as `freeze_mask`.
+  Raises:
+    ValueError: a mask at hand trains another number of elements than `count`.
+  Example:
+    >>> import jax.numpy as jnp, maskopt
+    >>> maskopt.runtime(jnp.array([True, False, True]), count=1).count
+    1
+  """
+  flat = flatten(freeze_mask)
+  counts = (
+    [count] * len(flat.leaves)
+    if np.ndim(count) == 0 and not isinstance(count, dict)
+    else (jax.tree.leaves(count))
+  )
+  leaves = [
+    _runtime_leaf(path, mask, k)
+    for path, mask, k in zip(flat.paths, flat.leaves, counts, strict=True)
+  ]
+  return flat.unflatten(leaves)
+
+
+def _runtime_leaf(path: str, mask: Any, count: int | None) -> Any:
+  if mask is None or is_bool(mask):
+    return mask
+  array = jnp.asarray(mask.mask if isinstance(mask, Runtime) else mask)
+  if array.dtype != jnp.bool_:
+    problem = Problem(path, "a bool array", describe(array), TypeError)
+    fail("maskopt.runtime(freeze_mask=...)", [problem], _BUILD)
+  return Runtime(array, count)
+
+
+def union(a: FreezeMask, b: FreezeMask) -> FreezeMask:
+  """Freeze what either mask freezes.
+
+    union(a, b)[i] = a[i] | b[i]
+
+  Args:
+    a: a freeze mask; prefix trees, other containers and functions of the parameters are accepted.
+    b: another one over the same parameters.
+  Returns:
+    A freeze mask in the containers of the finer one. Broadcastable leaves stay broadcastable (two
+    row masks make a row mask); a runtime leaf makes a runtime leaf without a count.
+  Raises:
+    ValueError: the masks name different parameters, or leaves that do not broadcast together.
+  Example:
+    >>> import numpy as np, maskopt
+    >>> maskopt.union({"w": np.array([True, False])}, {"w": False})
+    {'w': array([ True, False])}
+  """
+  return _combined(_or, "union", a, b)
+
+
+def intersection(a: FreezeMask, b: FreezeMask) -> FreezeMask:
+  """Freeze what both masks freeze.
+
+    intersection(a, b)[i] = a[i] & b[i]
+
+  Args:
+    a: a freeze mask; prefix trees, other containers and functions of the parameters are accepted.
+    b: another one over the same parameters.
+  Returns:
+    A freeze mask in the containers of the finer one; see `union`.
+  Raises:
+    ValueError: the masks name different parameters, or leaves that do not broadcast together.
+  Example:
+    >>> import numpy as np, maskopt
+    >>> maskopt.intersection({"w": np.array([True, False])}, True)
+    {'w': array([ True, False])}
+  """
+  return _combined(_and, "intersection", a, b)
+
+
+def invert(a: FreezeMask) -> FreezeMask:
+  """Freeze what the mask trains, and train what it freezes.
+
+    invert(a)[i] = not a[i]
+
+  Args:
+    a: a freeze mask, or a function of the parameters that returns one.
+  Returns:
+    A freeze mask of the same structure and the same leaf shapes; a runtime leaf loses its count.
+  Example:
+    >>> import maskopt
+    >>> maskopt.invert({"kernel": True, "bias": False})
+    {'kernel': False, 'bias': True}
+  """
+  if is_function(a):
+    return functools.partial(_inverted_later, a)
+  flat = flatten(a)
+  return flat.unflatten([_not(x) for x in flat.leaves])
+
+
+def _inverted_later(a: Callable[..., Any], params: Any) -> Any:
+  return invert(a(params))
+
+
+def _not(x: Any) -> Any:
+  if x is None or is_bool(x):
+    return x if x is None else not x
+  return Runtime(~x.mask) if isinstance(x, Runtime) else ~x
+
+
+def _or(x: Any, y: Any) -> Any:
+  if is_bool(x) or is_bool(y):
+    first, second = (x, y) if is_bool(x) else (y, x)
+    return True if first else second
+  return _elementwise(np.logical_or, jnp.logical_or, x, y)
+
+
+def _and(x: Any, y: Any) -> Any:
+  if is_bool(x) or is_bool(y):
+    first, second = (x, y) if is_bool(x) else (y, x)
+    return second if first else False
+  return _elementwise(np.logical_and, jnp.logical_and, x, y)
+
+
+def _elementwise(static: Callable, traced: Callable, x: Any, y: Any) -> Any:
+  if isinstance(x, Runtime) or isinstance(y, Runtime):
+    return Runtime(traced(*(v.mask if isinstance(v, Runtime) else v for v in (x, y))))
+  return (static if isinstance(x, np.ndarray) and isinstance(y, np.ndarray) else traced)(x, y)
+
+
+def _combined_later(op: Callable, name: str, a: Any, b: Any, params: Any) -> Any:
+  return _combined(op, name, evaluate(a, params), evaluate(b, params))
+
+
+def _combined(op: Callable, name: str, a: Any, b: Any) -> Any:
+  if is_function(a) or is_function(b):
+    return functools.partial(_combined_later, op, name, a, b)
+  flat_a, flat_b = flatten(a), flatten(b)
+  by_a, by_b = (dict(zip(f.paths, f.leaves, strict=True)) for f in (flat_a, flat_b))
+  inner = _subtrees(flat_a.paths) | _subtrees(flat_b.paths)
+  paths = [p for p in dict.fromkeys(flat_a.paths + flat_b.paths) if p not in inner]
+  problems: list[Problem] = []
+  leaves = {p: _combined_leaf(op, p, by_a, by_b, problems) for p in paths}
+  if problems:
+    fail(f"maskopt.{name}(a, b)", problems, "Give both masks over the same parameters.")
+  for flat in (flat_a, flat_b):
+    if set(flat.paths) == set(leaves):
+      return flat.unflatten([leaves[p] for p in flat.paths])
+  return _tree.nested(list(leaves), list(leaves.values()))
+
+
+def _subtrees(paths: tuple[str, ...]) -> set[str]:
+  return {a for path in paths for a in _tree.ancestors(path) if a != path}
+
+
+def _combined_leaf(op: Callable, path: str, by_a: dict, by_b: dict, problems: list) -> Any:
+  found = []
+  for entries in (by_a, by_b):
+    name = next((p for p in _tree.ancestors(path) if p in entries), None)
+    if name is None or (name != path and not is_bool(entries[name])):
+      problems.append(Problem(path, "a freeze mask in both", "one in only one of them"))
+      return None
+    found.append(entries[name])
+  x, y = found
+  if x is None or y is None:
+    return None
+  try:
+    return op(x, y)
+  except (ValueError, TypeError):
+    problems.append(Problem(path, "bools that broadcast together", f"{describe(x)}, {describe(y)}"))
+    return None
