@@ -8,6 +8,7 @@ from ._freeze import (
   selective_transform as selective_transform,
   stop_gradient as stop_gradient,
 )
+from ._multiplier import scale_by_multiplier as scale_by_multiplier
 
 # Masks
 from ._masks import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -47,11 +47,6 @@ class SelectiveState(NamedTuple):
 _UNKNOWN = 0
 
 
-def _is_placeholder(params: Any) -> bool:
-  """Whether `init` is asked for the state's structure only, as by `optax.tree_map_params`."""
-  return not isinstance(params, (Mapping, list, tuple)) and not _tree.flatten(params).leaves
-
-
 def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraArgs:
   """Zero the updates of frozen elements.
 
@@ -83,7 +78,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
   owner = Owner(freeze_mask, where, prefer="time")
 
   def init(params: chex.ArrayTree) -> MaskedFreezeState:
-    if _is_placeholder(params):
+    if _tree.is_placeholder(params):
       return MaskedFreezeState(_UNKNOWN)
     return MaskedFreezeState(owner.layouts(params))
 
@@ -101,14 +96,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
 def _zeroed_update(update: Any, layout: Layout, index: Index) -> Any:
   if is_packed(update) or _tree.is_hole(update) or isinstance(layout, Full):
     return update
-  return _dense(Record(layout, index, layout.take(update, index)), jnp.result_type(update))
-
-
-def _dense(record: Record, dtype: Any) -> Any:
-  """The full-shaped update whose frozen elements are -0.0, remembered as its packed values."""
-  layout = record.layout
-  zeros = jnp.full(layout.shape, -0.0 if jnp.issubdtype(dtype, np.inexact) else 0, dtype)
-  return _provenance.remember(layout.put(record.values, zeros, record.index), record)
+  return _packing.dense(Record(layout, index, layout.take(update, index)), jnp.result_type(update))
 
 
 def selective_transform(
@@ -164,7 +152,7 @@ def selective_transform(
   owner = Owner(freeze_mask, where, prefer=prefer, optimizer=inner)
 
   def init(params: chex.ArrayTree) -> SelectiveState:
-    if _is_placeholder(params):
+    if _tree.is_placeholder(params):
       return SelectiveState(inner.init(params), _UNKNOWN, None if master_dtype is None else params)
     params = _tree.parameters(params)
     layouts = owner.layouts(params)
@@ -216,7 +204,9 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
   """
   if isinstance(layout, Frozen):
     return (
-      Packed(None, layout) if is_packed(grad) else _dense(Record(layout, index, None), layout.dtype)
+      Packed(None, layout)
+      if is_packed(grad)
+      else _packing.dense(Record(layout, index, None), layout.dtype)
     )
   if _tree.is_hole(update):
     return update
@@ -224,11 +214,11 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
   if is_packed(grad):
     return Packed(target[0] if sets else update, layout, sets, index)
   if sets:
-    full = _dense(Record(layout, index, target[1]), target[1].dtype)
+    full = _packing.dense(Record(layout, index, target[1]), target[1].dtype)
     return _provenance.remember(full, Record(layout, index, target[0], sets=True))
   if isinstance(layout, Full):
     return update
-  return _dense(Record(layout, index, update), update.dtype)
+  return _packing.dense(Record(layout, index, update), update.dtype)
 
 
 def _packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:

@@ -126,7 +126,7 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     problems.append(Problem(path, "a bool, for the mask is given to a subtree", describe(array)))
     return None
   size = int(np.prod(shape, dtype=np.int64))
-  if not _broadcasts(array.shape, shape) or (array.size == 1 and size > 1):
+  if not broadcasts(array.shape, shape) or (array.size == 1 and size > 1):
     extra = " (one element on a larger leaf: write a bool)" if array.size == 1 else ""
     problems.append(Problem(path, f"bool broadcastable to {shape}", describe(array) + extra))
     return None
@@ -140,7 +140,8 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
   return Runtime(array, count)
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+  """Whether an array of one shape broadcasts to the other, and to no larger one."""
   return len(shape) <= len(to) and all(
     n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
   )

@@ -17,6 +17,7 @@ from . import _choice, _layout, _masks, _provenance, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail, show
 from ._layout import Dense, Frozen, Full, Index, Layout
+from ._provenance import Record
 
 _REMEDY = "Use one mask throughout: maskopt.mask_of(state) is the one a state was made for."
 
@@ -281,17 +282,20 @@ class Packed:
   def __repr__(self) -> str:
     return f"Packed({self.layout.kind} of {self.layout.shape}, values={self.values!r})"
 
-  def __radd__(self, p: Any) -> Any:
-    """Return the parameter with these values added or set, every other bit its own."""
-    if isinstance(self.layout, Frozen):
-      return p
-    if self.index is None:
+  @property
+  def record(self) -> Record:
+    """What `apply_updates` needs of an update; raises if something came between."""
+    if self.index is None and not isinstance(self.layout, Frozen):
       raise ValueError(
         "`parameter + packed update`: expected the update as maskopt.selective_transform returned "
         "it, got one that a later transform changed or that crossed a jit boundary. Put that "
         "transform inside selective_transform, and call update and apply_updates in one jit."
       )
-    return applied(p, _provenance.Record(self.layout, self.index, self.values, self.sets))
+    return Record(self.layout, self.index, self.values, self.sets)
+
+  def __radd__(self, p: Any) -> Any:
+    """Return the parameter with these values added or set, every other bit its own."""
+    return applied(p, self.record)
 
 
 def is_packed(x: Any) -> bool:
@@ -299,7 +303,7 @@ def is_packed(x: Any) -> bool:
   return isinstance(x, Packed)
 
 
-def applied(p: Any, record: _provenance.Record) -> Any:
+def applied(p: Any, record: Record) -> Any:
   """The parameter after its update: read and written at the trainable elements only."""
   layout, index = record.layout, record.index
   if isinstance(layout, Frozen):
@@ -308,6 +312,13 @@ def applied(p: Any, record: _provenance.Record) -> Any:
   if record.sets:
     return layout.put(record.values.astype(p.dtype), p, index)
   return layout.put(_layout.added(layout.take(p, index), record.values), p, index)
+
+
+def dense(record: Record, dtype: Any) -> Any:
+  """The full-shaped update whose frozen elements are -0.0, remembered as its packed values."""
+  layout = record.layout
+  zeros = jnp.full(layout.shape, -0.0 if jnp.issubdtype(dtype, np.inexact) else 0, dtype)
+  return _provenance.remember(layout.put(record.values, zeros, record.index), record)
 
 
 def pack(tree: chex.ArrayTree, freeze_mask: Any) -> chex.ArrayTree:

@@ -7,7 +7,7 @@ when their paths do, so a plain dict can describe a FrozenDict, an `nnx.State` o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,11 @@ def is_hole(x: Any) -> bool:
 def is_opaque(x: Any) -> bool:
   """Whether x marks a place without a parameter that JAX would drop from the tree."""
   return x is None or isinstance(x, optax.MaskedNode)
+
+
+def is_placeholder(params: Any) -> bool:
+  """Whether `init` is asked for a state's structure only, as by `optax.tree_map_params`."""
+  return not isinstance(params, (Mapping, list, tuple)) and not flatten(params).leaves
 
 
 @dataclasses.dataclass(frozen=True)

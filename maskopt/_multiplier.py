@@ -1,0 +1,117 @@
+"""Factors on the final update: a learning rate of its own for any leaf, unit or element."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _masks, _packing, _provenance, _tree
+from ._errors import Problem, describe, fail
+from ._packing import Packed, is_packed
+from ._provenance import Record
+
+_WHERE = "maskopt.scale_by_multiplier(multipliers=...)"
+_BUILD = "Build the tree with maskopt.build_multipliers."
+
+
+class MultiplierState(NamedTuple):
+  """State of `scale_by_multiplier`: one factor for each parameter leaf, in the order of the leaves."""
+
+  factors: Any
+
+
+def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraArgs:
+  """Multiply each final update by a factor of its own.
+
+    new_update[i] = -0.0 if multiplier[i] == 0 else multiplier[i] * update[i]
+
+  Chain it after the optimizer: before Adam a factor cancels out of the step. After
+  `selective_transform` in one `jit` it scales the packed values, and the dense updates stay unbuilt.
+
+  Args:
+    multipliers: a number, or an array that broadcasts to the parameter, for each leaf or subtree; a
+      function of the parameters is called once, in `init`. Zero freezes the update, not the moments.
+  Returns:
+    A transformation; updates keep structure, shapes and dtypes. The factors are in its state, in
+    their broadcastable shapes, so they may change without a retrace.
+  Raises:
+    ValueError: a path is missing, unknown, or its factor does not broadcast; lists every path.
+    TypeError: a factor is not a real number, or an update *sets* its parameter (`master_dtype`).
+  Example:
+    >>> import jax.numpy as jnp, optax, maskopt
+    >>> tx = optax.chain(optax.sgd(1.0), maskopt.scale_by_multiplier({"w": 0.5, "b": 0}))
+    >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    >>> tx.update(params, tx.init(params))[0]["w"].tolist()
+    [-0.5, -0.5]
+  """
+
+  def init(params: chex.ArrayTree) -> MultiplierState:
+    if _tree.is_placeholder(params):
+      return MultiplierState(0)
+    flat = _tree.flatten(params)
+    given = _masks.evaluate(multipliers, params)
+    factors = _masks.align(_tree.flatten(given), flat, _checked, _WHERE, "a multiplier")
+    return MultiplierState(tuple(None if f is None else jnp.asarray(f) for f in factors))
+
+  def update(updates: Any, state: MultiplierState, params: Any = None, **extra: Any) -> Any:
+    del params, extra
+    flat = _tree.flatten(updates, is_leaf=is_packed)
+    if len(flat.leaves) != len(state.factors):
+      got = f"{len(flat.leaves)} leaves"
+      fail(
+        _WHERE, [Problem("", f"updates of {len(state.factors)} leaves", got)], "Call init again."
+      )
+    scaled = [
+      _scaled(u, factor, path)
+      for path, u, factor in zip(flat.paths, flat.leaves, state.factors, strict=True)
+    ]
+    return flat.unflatten(scaled), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked(
+  factor: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
+) -> np.ndarray | jax.Array | None:
+  """One leaf's factor as an array of the leaf's rank or a scalar."""
+  array = factor if isinstance(factor, (np.ndarray, jax.Array)) else np.asarray(factor)
+  shape = np.shape(leaf)
+  if array.dtype == bool or not jnp.issubdtype(array.dtype, np.number):
+    problems.append(Problem(path, "a real factor", describe(factor), TypeError))
+  elif array.ndim and not own:
+    problems.append(Problem(path, "a number, for it is given to a subtree", describe(array)))
+  elif not _masks.broadcasts(array.shape, shape):
+    problems.append(Problem(path, f"a factor that broadcasts to {shape}", describe(array)))
+  else:
+    rank = len(shape) if array.ndim else 0
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
+  return None
+
+
+def _scaled(update: Any, factor: Any, path: str) -> Any:
+  if factor is None or (not is_packed(update) and _tree.is_hole(update)):
+    return update
+  record = update.record if is_packed(update) else _provenance.recall(update)
+  if record is None:
+    return _times(update, factor)
+  if record.sets:
+    problem = Problem(path, "an update that adds to its parameter", "one that sets it", TypeError)
+    fail(_WHERE, [problem], "With master_dtype, put the factor inside selective_transform.")
+  if record.values is None:
+    return update
+  spread = jnp.broadcast_to(factor, record.layout.shape) if factor.ndim else factor
+  chosen = record.layout.take(spread, record.index) if factor.ndim else factor
+  record = Record(record.layout, record.index, _times(record.values, chosen))
+  if is_packed(update):
+    return Packed(record.values, record.layout, index=record.index)
+  return _packing.dense(record, update.dtype)
+
+
+def _times(update: Any, factor: Any) -> Any:
+  # A select and never a product alone: 0 * inf is NaN.
+  return jnp.where(factor == 0, jnp.full_like(update, -0.0), update * factor.astype(update.dtype))
