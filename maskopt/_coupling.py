@@ -1,9 +1,9 @@
 """Whether an optimizer treats a leaf as more than a bag of numbers.
 
-Adam does not: packed into 1-D, its trainable elements follow the same trajectory. Muon and adafactor
-see the rank, clip_by_block_rms the number of elements. The answer is read from the optimizer's own
-program: traced on a matrix, on the same numbers as a vector, and on a longer vector, it is one
-program exactly if neither rank nor size matters.
+Adam does not: packed into 1-D, its trainable elements follow the same trajectory. Muon and
+adafactor see the rank, clip_by_block_rms the number of elements. The answer is read from the
+optimizer's own program: traced on a matrix, on the same numbers as a vector, and on a longer
+vector, it is one program exactly if neither rank nor size matters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sees_size(optimizer: optax.GradientTransformationExtraArgs) -> bool:
 
 
 def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int, ...]) -> Any:
-  """The optimizer's program on one leaf, with shapes left out; unlike any other if it is unknown."""
+  """The optimizer's program on one leaf, shapes left out; unlike any other if it is unknown."""
   leaf = {"leaf": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
   def step(params: Any, grads: Any) -> Any:

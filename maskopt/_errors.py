@@ -1,4 +1,4 @@
-"""What a mistake says: function, argument, path, expected, got and remedy, all bad leaves at once."""
+"""What a mistake says: function, argument, path, expected, got, remedy; all bad leaves at once."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
 from ._masks import FreezeMask, Runtime
 from ._owner import Owner
-from ._packing import Layouts, Packed, is_packed
+from ._packed import Packed, applied, is_packed
+from ._packing import Layouts
 from ._provenance import Record
 
 
@@ -77,12 +78,13 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
   where = "maskopt.masked_freeze(freeze_mask=...)"
   owner = Owner(freeze_mask, where, prefer="time")
 
-  def init(params: chex.ArrayTree) -> MaskedFreezeState:
+  def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
       return MaskedFreezeState(_UNKNOWN)
     return MaskedFreezeState(owner.layouts(params))
 
-  def update(updates: Any, state: MaskedFreezeState, params: Any = None, **extra: Any) -> Any:
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    del params
     owner.check(state.layouts)
     layouts = state.layouts
     if extra.get("freeze_mask") is not None:
@@ -132,14 +134,16 @@ def selective_transform(
     elements that stay trainable keep their moments, newly trainable ones start anew.
   Raises:
     ValueError: the mask does not fit the parameters, the state is another mask's, or one array
-      stands at two paths; TypeError: a mask leaf is not boolean, or an integer parameter would train.
+      stands at two paths.
+    TypeError: a mask leaf is not boolean, or an integer parameter would train.
   Warns:
     UserWarning: the optimizer depends on the shape of a leaf (muon, adafactor) whose trainable
       elements are no block; names the leaf.
   Example:
     >>> import jax.numpy as jnp, numpy as np, optax, maskopt
     >>> params = {"w": jnp.array([1.0, 1.0])}
-    >>> tx = maskopt.selective_transform(optax.adamw(0.1), freeze_mask={"w": np.array([True, False])})
+    >>> mask = {"w": np.array([True, False])}
+    >>> tx = maskopt.selective_transform(optax.adamw(0.1), freeze_mask=mask)
     >>> updates, _ = tx.update({"w": jnp.array([jnp.nan, 1.0])}, tx.init(params), params)
     >>> float(maskopt.apply_updates(params, updates)["w"][0])
     1.0
@@ -151,7 +155,7 @@ def selective_transform(
   inner = _with_extra_args(optimizer)
   owner = Owner(freeze_mask, where, prefer=prefer, optimizer=inner)
 
-  def init(params: chex.ArrayTree) -> SelectiveState:
+  def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
       return SelectiveState(inner.init(params), _UNKNOWN, None if master_dtype is None else params)
     params = _tree.parameters(params)
@@ -160,7 +164,7 @@ def selective_transform(
     masters = _masters.create(values, master_dtype)
     return SelectiveState(inner.init(_masters.over(masters, values)), layouts, masters)
 
-  def update(grads: Any, state: SelectiveState, params: Any = None, **extra: Any) -> Any:
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     next_mask = extra.pop("freeze_mask", None)
     owner.check(state.layouts)
     _need_params(params, where, master_dtype, next_mask)
@@ -169,14 +173,14 @@ def selective_transform(
     layouts = state.layouts
     values = None if params is None else layouts.take(params, where)
     masters = _masters.follow(state.masters, values)
-    updates, inner_state = inner.update(
-      _masters.like(masters, layouts.take(grads, where)),
+    packed, inner_state = inner.update(
+      _masters.like(masters, layouts.take(updates, where)),
       state.inner_state,
       _masters.over(masters, values),
       **{k: _packed_argument(v, layouts, params, where) for k, v in extra.items()},
     )
-    masters, targets = _masters.step(masters, updates, values)
-    full = layouts.map(_outgoing, layouts.flat(grads, where), updates, targets)
+    masters, targets = _masters.step(masters, packed, values)
+    full = layouts.map(_outgoing, layouts.flat(updates, where), packed, targets)
     return full, state._replace(inner_state=inner_state, masters=masters)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -301,7 +305,7 @@ def _applied(p: Any, u: Any) -> Any:
     return p
   record = _provenance.recall(u)
   if record is not None and record.layout.shape == np.shape(p):
-    return _packing.applied(p, record)
+    return applied(p, record)
   return _layout.added(jnp.asarray(p), jnp.asarray(u))
 
 

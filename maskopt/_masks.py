@@ -1,7 +1,8 @@
 """What a freeze mask is: bools over the parameters, True = frozen.
 
-A leaf is a bool for the whole parameter or a bool array that broadcasts to it, so structure stays in
-the shape: `(out,)` freezes units of an `(in, out)` kernel and costs `out` bytes however large `in` is.
+A leaf is a bool for the whole parameter or a bool array that broadcasts to it, so structure stays
+in the shape: `(out,)` freezes units of an `(in, out)` kernel and costs `out` bytes, however large
+`in` is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import chex
 import jax
@@ -20,7 +21,7 @@ from flax import nnx
 from . import _tree
 from ._errors import Problem, describe, fail, show
 
-FreezeMask = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
+FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
 
@@ -39,12 +40,12 @@ class Runtime:
   count: int | None = None
 
 
-# What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank, or
-# None where there is no parameter.
+# What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank,
+# or None where there is no parameter.
 LeafMask = bool | np.ndarray | Runtime | None
 
 
-def is_function(freeze_mask: Any) -> bool:
+def is_function(freeze_mask: Any) -> TypeGuard[Callable[[Any], Any]]:
   """Whether the mask is a function of the parameters, and not a callable module of masks."""
   return (
     callable(freeze_mask)
@@ -196,7 +197,8 @@ def runtime(freeze_mask: chex.ArrayTree, count: Any = None) -> chex.ArrayTree:
     update[i] = 0 if mask_now[i] else update[i]        one compilation for every mask
 
   Args:
-    freeze_mask: a bool array or a tree of them; NumPy arrays become `jax.Array`s, bools stay static.
+    freeze_mask: a bool array or a tree of them; NumPy arrays become `jax.Array`s, bools stay
+      static.
     count: how many elements of each leaf train, if that never changes: an int, or a tree of ints
       like `freeze_mask`. With it the optimizer state is packed (`count` values and 4 bytes of
       index each); without it the state has the parameter's shape.

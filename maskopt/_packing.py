@@ -1,4 +1,4 @@
-"""A whole tree's layouts, and packed leaves: what optimizers, gradients and reports share."""
+"""A whole tree's layouts: what optimizers, gradients and reports share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
+from jax import core
 
 from . import _choice, _layout, _masks, _provenance, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail, show
 from ._layout import Dense, Frozen, Full, Index, Layout
+from ._packed import Packed, is_packed
 from ._provenance import Record
 
 _REMEDY = "Use one mask throughout: maskopt.mask_of(state) is the one a state was made for."
@@ -146,7 +148,7 @@ class Layouts:
     return flat.unflatten(taken)
 
   def map(self, fun: Callable[..., Any], flat: _tree.Flat, *trees: Any) -> Any:
-    """Map `fun(leaf, layout, index, *inner_leaves)` over leaves; inner trees as `take` made them."""
+    """Map `fun(leaf, layout, index, *inner)` over leaves; inner trees as `take` made them."""
     others = [flat.treedef.flatten_up_to(tree) for tree in trees]
     leaves = [
       leaf if layout is None else fun(leaf, layout, index, *more)
@@ -163,6 +165,7 @@ def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
     return leaf.values
   if leaf.values is None:
     return optax.MaskedNode()
+  assert leaf.index is not None  # `Layouts.flat` has refused it otherwise
   dense = leaf.layout.put(leaf.values, jnp.zeros(layout.shape, leaf.values.dtype), leaf.index)
   return layout.take(dense, index)
 
@@ -235,90 +238,13 @@ def _check_counts(flat: _tree.Flat, masks: list[_masks.LeafMask], where: str) ->
   """A runtime mask at hand must train as many elements as it says; a traced one cannot be asked."""
   problems = []
   for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True):
-    if not isinstance(mask, _masks.Runtime) or isinstance(mask.mask, jax.core.Tracer):
+    if not isinstance(mask, _masks.Runtime) or isinstance(mask.mask, core.Tracer):
       continue
     trains = int(jnp.count_nonzero(~mask.mask)) * (np.size(leaf) // max(mask.mask.size, 1))
     if mask.count not in (None, trains):
       problems.append(Problem(path, f"{mask.count} trainable elements", f"a mask with {trains}"))
   if problems:
     fail(where, problems, "Give maskopt.runtime the count of trainable elements.")
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Packed:
-  """The trainable values of one leaf, standing where the leaf stood.
-
-  It is a pytree with one leaf, so packed gradients accumulate, scale and `pmean` like arrays. As an
-  update it is final: `parameter + packed` writes in place on the trainable elements, and only the
-  update that made it knows where these are, so one that was transformed afterwards, or has crossed
-  a `jit` boundary, is refused.
-
-  Attributes:
-    values: array of the layout's packed shape; None where everything is frozen.
-    layout: the leaf's layout.
-    sets: as an update, whether the values replace the parameter's own.
-    index: the arrays the layout needs, in an update only; not part of the pytree.
-  """
-
-  # NumPy must leave `array + packed` to us.
-  __array_ufunc__ = None
-
-  def __init__(self, values: Any, layout: Layout, sets: bool = False, index: Index | None = None):
-    self.values = values
-    self.layout = layout
-    self.sets = sets
-    self.index = index
-
-  def tree_flatten_with_keys(self):
-    return [(jax.tree_util.GetAttrKey("values"), self.values)], (self.layout, self.sets)
-
-  def tree_flatten(self):
-    return [self.values], (self.layout, self.sets)
-
-  @classmethod
-  def tree_unflatten(cls, aux, children):
-    return cls(children[0], *aux)
-
-  def __repr__(self) -> str:
-    return f"Packed({self.layout.kind} of {self.layout.shape}, values={self.values!r})"
-
-  @property
-  def record(self) -> Record:
-    """What `apply_updates` needs of an update; raises if something came between."""
-    if self.index is None and not isinstance(self.layout, Frozen):
-      raise ValueError(
-        "`parameter + packed update`: expected the update as maskopt.selective_transform returned "
-        "it, got one that a later transform changed or that crossed a jit boundary. Put that "
-        "transform inside selective_transform, and call update and apply_updates in one jit."
-      )
-    return Record(self.layout, self.index, self.values, self.sets)
-
-  def __radd__(self, p: Any) -> Any:
-    """Return the parameter with these values added or set, every other bit its own."""
-    return applied(p, self.record)
-
-
-def is_packed(x: Any) -> bool:
-  """Whether x is a packed leaf."""
-  return isinstance(x, Packed)
-
-
-def applied(p: Any, record: Record) -> Any:
-  """The parameter after its update: read and written at the trainable elements only."""
-  layout, index = record.layout, record.index
-  if isinstance(layout, Frozen):
-    return p
-  p = jnp.asarray(p)
-  if record.sets:
-    return layout.put(record.values.astype(p.dtype), p, index)
-  return layout.put(_layout.added(layout.take(p, index), record.values), p, index)
-
-
-def dense(record: Record, dtype: Any) -> Any:
-  """The full-shaped update whose frozen elements are -0.0, remembered as its packed values."""
-  layout = record.layout
-  zeros = jnp.full(layout.shape, -0.0 if jnp.issubdtype(dtype, np.inexact) else 0, dtype)
-  return _provenance.remember(layout.put(record.values, zeros, record.index), record)
 
 
 def pack(tree: chex.ArrayTree, freeze_mask: Any) -> chex.ArrayTree:

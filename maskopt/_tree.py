@@ -43,7 +43,7 @@ class Flat:
 
   paths: tuple[str, ...]
   leaves: list[Any]
-  treedef: jax.tree_util.PyTreeDef
+  treedef: Any  # a PyTreeDef
 
   def unflatten(self, leaves: Sequence[Any]) -> Any:
     return self.treedef.unflatten(leaves)
