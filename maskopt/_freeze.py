@@ -17,7 +17,7 @@ from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
 from ._masks import FreezeMask, Runtime
 from ._owner import Owner
-from ._packed import Packed, applied, is_packed
+from ._packed import Packed, applied, dense, is_packed
 from ._packing import Layouts
 from ._provenance import Record
 
@@ -98,7 +98,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
 def _zeroed_update(update: Any, layout: Layout, index: Index) -> Any:
   if is_packed(update) or _tree.is_hole(update) or isinstance(layout, Full):
     return update
-  return _packing.dense(Record(layout, index, layout.take(update, index)), jnp.result_type(update))
+  return dense(Record(layout, index, layout.take(update, index)), jnp.result_type(update))
 
 
 def selective_transform(
@@ -208,9 +208,7 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
   """
   if isinstance(layout, Frozen):
     return (
-      Packed(None, layout)
-      if is_packed(grad)
-      else _packing.dense(Record(layout, index, None), layout.dtype)
+      Packed(None, layout) if is_packed(grad) else dense(Record(layout, index, None), layout.dtype)
     )
   if _tree.is_hole(update):
     return update
@@ -218,11 +216,11 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
   if is_packed(grad):
     return Packed(target[0] if sets else update, layout, sets, index)
   if sets:
-    full = _packing.dense(Record(layout, index, target[1]), target[1].dtype)
+    full = dense(Record(layout, index, target[1]), target[1].dtype)
     return _provenance.remember(full, Record(layout, index, target[0], sets=True))
   if isinstance(layout, Full):
     return update
-  return _packing.dense(Record(layout, index, update), update.dtype)
+  return dense(Record(layout, index, update), update.dtype)
 
 
 def _packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:

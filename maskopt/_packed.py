@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import _layout, _provenance
 from ._layout import Frozen, Index, Layout
+from ._provenance import Record
 
 
 @jax.tree_util.register_pytree_with_keys_class

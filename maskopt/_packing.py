@@ -18,8 +18,7 @@ from . import _choice, _layout, _masks, _provenance, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail, show
 from ._layout import Dense, Frozen, Full, Index, Layout
-from ._packed import Packed, is_packed
-from ._provenance import Record
+from ._packed import Packed, applied as applied, dense as dense, is_packed as is_packed
 
 _REMEDY = "Use one mask throughout: maskopt.mask_of(state) is the one a state was made for."
 
