@@ -1,0 +1,13 @@
+"""Evaluate a JAX program for the wanted blocks of its outputs only."""
+
+from ._flops import count_flops as count_flops
+from ._plan import (
+  ALL as ALL,
+  NONE as NONE,
+  Plan as Plan,
+  Report as Report,
+  Stop as Stop,
+  analyze as analyze,
+  slice_program as slice_program,
+)
+from ._region import Region as Region, region as region

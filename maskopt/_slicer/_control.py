@@ -1,0 +1,188 @@
+"""Equations that hold jaxprs: calls, loops and branches are sliced inside.
+
+An inner jaxpr is analysed for the regions wanted of its outputs. A loop carry is one array per
+iteration, so its demand is one region, grown until an iteration asks no more of the previous one
+than the next one asks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from . import _region as rg
+from ._region import Demand, Region, full
+from ._rule import Blocks, Equation, Step, opened, shape_of, whole
+
+Demands: TypeAlias = tuple[Demand, ...]
+Planner: TypeAlias = Callable[[core.Jaxpr, Demands], Any]  # the analysis, handed in by it
+CallRule: TypeAlias = Callable[[Equation, Demands, Planner], Step | None]
+
+# A jit of fewer equations is written out: calling it costs more to trace than it repeats.
+MAX_INLINE = 16
+
+
+def _paired(demands: Demands, blocks: list[list[Any]]) -> list[Blocks]:
+  return [list(zip(d, b, strict=True)) for d, b in zip(demands, blocks, strict=True)]
+
+
+def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """A jaxpr evaluated once, in place."""
+  jaxpr, consts = opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+  plan = planner(jaxpr, outs)
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    return _paired(outs, plan.emit(consts, _paired(plan.ins, operands)))
+
+  return Step(eqn, plan.ins, run, plans=[plan])
+
+
+def jit(eqn: Equation, outs: Demands, planner: Planner) -> Step | None:
+  """A jit is a jit again: equal layers, sliced alike, are traced and compiled once."""
+  shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
+  if any(isinstance(s, jax.sharding.Sharding) for s in shardings):
+    return None
+  step = call(eqn, outs, planner)
+  (plan,) = step.plans
+  if len(plan.steps) <= MAX_INLINE:
+    return step
+  _, consts = opened(eqn.params["jaxpr"])
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    if plan.compiled is None:
+
+      def sliced(operands: list[list[Any]]) -> list[list[Any]]:
+        return plan.emit(consts, _paired(plan.ins, operands))
+
+      sliced.__name__ = eqn.params.get("name", "sliced")
+      plan.compiled = jax.jit(sliced, inline=bool(eqn.params.get("inline")))
+    return _paired(outs, plan.compiled(operands))
+
+  return Step(eqn, plan.ins, run, plans=[plan])
+
+
+def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """A checkpointed block, recomputed in the backward pass behind the barrier JAX puts there."""
+  step = call(eqn, outs, planner)
+  prevent = eqn.params.get("prevent_cse")
+  prevent = any(prevent) if isinstance(prevent, (tuple, list)) else bool(prevent)
+  if not (eqn.params.get("differentiated") and prevent):
+    return step
+  inner = step.run
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    return inner(lax.optimization_barrier(operands))
+
+  return step._replace(run=run)
+
+
+def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """Every branch computes the same regions; an operand is read as any branch needs it."""
+  branches = [opened(b) for b in eqn.params["branches"]]
+  plans = [planner(jaxpr, outs) for jaxpr, _ in branches]
+  reads: list[Demand] = []
+  for k, v in enumerate(eqn.invars[1:]):
+    reads.append(rg.join_all((r for p in plans for r in p.ins[k]), shape_of(v)))
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    def branch(plan: Any, consts: Any) -> Callable[..., Any]:
+      return lambda operands: plan.emit(consts, _paired(tuple(reads), operands))
+
+    functions = [branch(p, consts) for p, (_, consts) in zip(plans, branches, strict=True)]
+    return _paired(outs, lax.switch(operands[0][0], functions, operands[1:]))
+
+  return Step(eqn, [whole(eqn.invars[0]), *reads], run, plans=plans)
+
+
+def _grow(carry: Demands, more: Demands, shapes: list[tuple[int, ...]]) -> Demands:
+  pairs = zip(carry, more, shapes, strict=True)
+  return tuple(rg.one((*old, *new), shape) for old, new, shape in pairs)
+
+
+def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """Stacked outputs are wanted alike in every iteration; unwanted carries are dropped."""
+  p = eqn.params
+  jaxpr, consts = opened(p["jaxpr"])
+  first, split = p["num_consts"], p["num_consts"] + p["num_carry"]
+  shapes = [shape_of(v) for v in jaxpr.invars]
+  carry = tuple(rg.one(d, s) for d, s in zip(outs[: p["num_carry"]], shapes[first:split]))  # noqa: B905
+  stacked = tuple(
+    rg.join_all((Region(r[1:]) for r in d), shape_of(v)[1:])
+    for d, v in zip(outs[p["num_carry"] :], eqn.outvars[p["num_carry"] :], strict=True)
+  )
+  while True:
+    plan = planner(jaxpr, carry + stacked)
+    grown = _grow(carry, plan.ins[first:split], shapes[first:split])
+    if grown == carry:
+      break
+    carry = grown
+  reads = plan.ins[:first] + carry + plan.ins[split:]
+  rows = tuple(tuple(Region((None, *r)) for r in d) for d in plan.ins[split:])
+  stacked_out = tuple(tuple(Region((None, *r)) for r in d) for d in stacked)
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    constants = operands[:first]
+
+    def body(state: Any, xs: Any) -> Any:
+      blocks = plan.emit(consts, _paired(reads, [*constants, *state, *xs]))
+      return blocks[: len(carry)], blocks[len(carry) :]
+
+    final, ys = lax.scan(
+      body, operands[first:split], operands[split:], p["length"], p["reverse"], p["unroll"],
+      _split_transpose=p.get("_split_transpose", False),
+    )  # fmt: skip
+    return _paired(carry + stacked_out, [*final, *ys])
+
+  return Step(eqn, [*plan.ins[:first], *carry, *rows], run, plans=[plan])
+
+
+def while_(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """The carry holds what the condition reads, what is wanted at the end and what that needs."""
+  p = eqn.params
+  test, test_consts = opened(p["cond_jaxpr"])
+  body, body_consts = opened(p["body_jaxpr"])
+  n_test, n_body = p["cond_nconsts"], p["body_nconsts"]
+  shapes = [shape_of(v) for v in body.invars[n_body:]]
+  test_plan = planner(test, ((full(0),),))
+  carry = _grow(outs, test_plan.ins[n_test:], shapes)
+  while True:
+    plan = planner(body, carry)
+    grown = _grow(carry, plan.ins[n_body:], shapes)
+    if grown == carry:
+      break
+    carry = grown
+  reads, test_reads = plan.ins[:n_body] + carry, test_plan.ins[:n_test] + carry
+
+  def run(operands: list[list[Any]]) -> list[Blocks]:
+    of_test, of_body = operands[:n_test], operands[n_test : n_test + n_body]
+
+    def go_on(state: Any) -> Any:
+      return test_plan.emit(test_consts, _paired(test_reads, [*of_test, *state]))[0][0]
+
+    def advance(state: Any) -> Any:
+      return plan.emit(body_consts, _paired(reads, [*of_body, *state]))
+
+    final = lax.while_loop(go_on, advance, operands[n_test + n_body :])
+    return _paired(carry, final)
+
+  ins = [*test_plan.ins[:n_test], *plan.ins[:n_body], *carry]
+  return Step(eqn, ins, run, plans=[test_plan, plan])
+
+
+CALLS: dict[str, CallRule] = {
+  "jit": jit,
+  "pjit": jit,
+  "closed_call": call,
+  "core_call": call,
+  "call": call,
+  "checkpoint": remat,
+  "remat2": remat,
+  "remat": remat,
+  "cond": cond,
+  "scan": scan,
+  "while": while_,
+}

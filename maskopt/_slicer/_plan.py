@@ -1,0 +1,171 @@
+"""From demands on the outputs of a function to the program that computes just them.
+
+outputs[k] = tuple(fun(*args)[k][r] for r in demands[k])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import jax
+from jax.extend import core
+
+from . import _region as rg
+from ._flops import count_flops
+from ._interpret import Analysis, JaxprPlan
+from ._region import Region, full
+from ._rule import shape_of
+from ._take import take
+
+# A leaf demanded beyond this share is computed whole and sliced after: the matmul saved no longer
+# pays for the gathers (measured on CPU, columns of a kernel; see benchmarks/slicer.py).
+SLICE_BELOW: Final = 0.5
+
+
+class Token:
+  """A demand for all or nothing."""
+
+  def __init__(self, name: str):
+    self._name = name
+
+  def __repr__(self) -> str:
+    return self._name
+
+
+ALL: Final = Token("ALL")
+NONE: Final = Token("NONE")
+OutputDemand: TypeAlias = Token | Sequence[Region]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+  """A partial demand that a primitive did not pass on: it was computed whole."""
+
+  primitive: str
+  reason: str
+  line: str
+  count: int
+
+
+class Report:
+  """What a plan saves and what stopped it; FLOPs are counted when asked for.
+
+  Attributes:
+    stops: `Stop`s, most frequent first.
+    flops_full: matmul and convolution FLOPs of the program as JAX runs it.
+    flops_sliced: the same for the sliced program.
+  """
+
+  def __init__(self, plan: Plan):
+    self._plan = plan
+
+  @property
+  def stops(self) -> list[Stop]:
+    found = self._plan.inner.stops.most_common()
+    return [Stop(name, reason, line, count) for (name, reason, line), count in found]
+
+  @functools.cached_property
+  def flops_full(self) -> int:
+    return count_flops(self._plan.closed, [d is not NONE for d in self._plan.demands])
+
+  @functools.cached_property
+  def flops_sliced(self) -> int:
+    return count_flops(jax.make_jaxpr(self._plan.emit)(*self._plan.abstract))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """A sliced program: `emit(consts, args)` evaluates it on flat arguments."""
+
+  closed: core.ClosedJaxpr
+  demands: Sequence[OutputDemand]
+  inner: JaxprPlan
+
+  @property
+  def report(self) -> Report:
+    return Report(self)
+
+  @property
+  def abstract(self) -> tuple[list[Any], list[Any]]:
+    """Shapes and dtypes of (consts, args)."""
+    return [v.aval for v in self.closed.jaxpr.constvars], [v.aval for v in self.closed.jaxpr.invars]
+
+  def emit(self, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluate the demanded blocks.
+
+    Args:
+      consts: the constants of the closed jaxpr.
+      args: its flat arguments.
+    Returns:
+      Per output: None for NONE, the array for ALL, a tuple of blocks for regions.
+    """
+    jaxpr = self.closed.jaxpr
+    values = [[(full(len(shape_of(v))), x)] for v, x in zip(jaxpr.invars, args, strict=True)]
+    blocks = self.inner.emit(consts, values)
+    return [_present(d, b, v) for d, b, v in zip(self.demands, blocks, jaxpr.outvars, strict=True)]
+
+
+def _present(demand: OutputDemand, blocks: list[Any], v: Any) -> Any:
+  if demand is NONE:
+    return None
+  if demand is ALL:
+    return blocks[0]
+  assert not isinstance(demand, Token)
+  shape = shape_of(v)
+  if _is_gated(demand, shape):
+    return tuple(take(blocks[0], full(len(shape)), rg.canonical(r, shape)) for r in demand)
+  return tuple(blocks)
+
+
+def _is_gated(demand: Sequence[Region], shape: tuple[int, ...]) -> bool:
+  """Whether so much is wanted that slicing does not pay."""
+  return rg.share(tuple(demand), shape) > SLICE_BELOW
+
+
+def analyze(closed: core.ClosedJaxpr, demands: Sequence[OutputDemand]) -> Plan:
+  """Plan a program that computes only the demanded blocks of the outputs.
+
+  Args:
+    closed: the program.
+    demands: one per output: `NONE`, `ALL` or a sequence of regions of it.
+  Returns:
+    The `Plan`; beyond `SLICE_BELOW` of an output, it is computed whole and sliced after.
+  """
+  analysis = Analysis()
+  demands = list(demands)
+  wanted = tuple(map(_regions, demands, map(shape_of, closed.jaxpr.outvars)))
+  return Plan(closed, demands, analysis.plan(closed.jaxpr, wanted))
+
+
+def _regions(demand: OutputDemand, shape: tuple[int, ...]) -> tuple[Region, ...]:
+  if demand is NONE:
+    return ()
+  if demand is ALL:
+    return (full(len(shape)),)
+  assert not isinstance(demand, Token)
+  if _is_gated(demand, shape):
+    return (full(len(shape)),)
+  return tuple(rg.canonical(r, shape) for r in demand)
+
+
+def slice_program(
+  fun: Callable[..., Any], demands: Sequence[OutputDemand], *args: Any
+) -> tuple[list[Any], Report]:
+  """Evaluate only the demanded blocks of a function's outputs.
+
+  outputs[k] = tuple(fun(*args)[k][r] for r in demands[k])
+
+  Args:
+    fun: any traceable function; its outputs are flattened.
+    demands: one per flat output: `NONE`, `ALL` or a sequence of regions.
+    *args: pytrees of arrays.
+  Returns:
+    (outputs, report): per flat output None, the array or a tuple of blocks; differentiable,
+    batchable and jittable like `fun` itself.
+  """
+  closed = jax.make_jaxpr(fun)(*args)
+  plan = analyze(closed, demands)
+  return plan.emit(closed.consts, jax.tree.leaves(args)), plan.report
