@@ -2,9 +2,7 @@
 
   take(x)[k] = x[trainable[k]]        put(v, x)[i] = v[k] if i == trainable[k] else x[i]
 
-Everything else is built on these two. Both only move data, on integer views where a float would be
-rewritten on its way (XLA:CPU widens bfloat16 around a scatter and quiets NaNs), so what is not
-addressed keeps its bits. The arrays a layout needs at run time (`index`) are arguments and never
+Everything else is built on these two. Both only move data, so what is not addressed keeps its bits. The arrays a layout needs at run time (`index`) are arguments and never
 constants of the program: a captured index array costs seconds of compile time.
 """
 
@@ -250,9 +248,15 @@ def _moved_bits_jvp(move: Callable, static: Any, primals: Any, tangents: Any) ->
 
 
 def _move(move: Callable, static: Any, index: Any, x: Any, *values: Any) -> Any:
+  """Run a movement, on the integer view where writing into x would rewrite all of it.
+
+  XLA:CPU computes a bfloat16 scatter, update or select in float32 and quiets every NaN on the way,
+  the untouched ones too. Reads, and every other dtype, keep their bits, and a view of those would
+  only cost a copy: XLA:CPU never writes through a bitcast in place.
+  """
   x = jnp.asarray(x)
   values = tuple(jnp.asarray(v).astype(x.dtype) for v in values)
-  if x.dtype in _VIEWS:
+  if values and x.dtype == jnp.bfloat16:
     return _moved_bits(move, static, index, x, *values)
   return move(static, index, x, *values)
 

@@ -31,11 +31,11 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
     new_update[i] = -0.0 if multiplier[i] == 0 else multiplier[i] * update[i]
 
   Chain it after the optimizer: before Adam a factor cancels out of the step. After
-  `selective_transform` in one `jit` it scales the packed values, and the dense updates stay unbuilt.
+  `selective_transform` in one `jit` it scales the packed values; dense updates stay unbuilt.
 
   Args:
-    multipliers: a number, or an array that broadcasts to the parameter, for each leaf or subtree; a
-      function of the parameters is called once, in `init`. Zero freezes the update, not the moments.
+    multipliers: a number, or an array that broadcasts to the parameter, per leaf or subtree; a
+      function of the parameters is called once, in `init`. Zero freezes updates, not moments.
   Returns:
     A transformation; updates keep structure, shapes and dtypes. The factors are in its state, in
     their broadcastable shapes, so they may change without a retrace.
