@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _layout
-from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
+from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Sets, Slice
 from ._masks import LeafMask, Runtime
 
 Prefer = Literal["time", "memory", "values"]
@@ -88,7 +88,7 @@ def choose(
     return _elements(trainable, shape, name)
   frozen = _layout.digest(mask.shape, np.packbits(mask).tobytes())  # type: ignore[union-attr]
   count = round(share * math.prod(shape))
-  return Dense(shape, name, frozen, count), {"frozen": mask}
+  return Dense(shape, name, frozen, blocks_of(trainable, shape), count), {"frozen": mask}
 
 
 def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray] | None:
@@ -106,14 +106,47 @@ def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray
   return [np.flatnonzero(np.broadcast_to(p, (n,))) for p, n in zip(projections, shape, strict=True)]
 
 
+def blocks_of(trainable: np.ndarray, shape: tuple[int, ...], most: int = 4) -> tuple[Sets, ...]:
+  """Disjoint products whose union the trainable elements are; empty if there are more than `most`.
+
+  Positions along the first dimension that train the same things belong together, and so on inward.
+  """
+  if trainable.ndim == 0:
+    return ((),) if trainable else ()
+  rows = np.packbits(trainable.reshape(trainable.shape[0], -1), axis=1)
+  alike: dict[bytes, list[int]] = {}
+  for k, row in enumerate(rows):
+    alike.setdefault(row.tobytes(), []).append(k)
+    if len(alike) > most + 1:  # one kind of row may train nothing
+      return ()
+  found: list[Sets] = []
+  for members in alike.values():
+    if not trainable[members[0]].any():
+      continue
+    inner = blocks_of(trainable[members[0]], shape[1:], most)
+    chosen = range(shape[0]) if trainable.shape[0] == 1 else as_range(np.array(members))
+    found += [(chosen, *rest) for rest in inner]
+    if not inner or len(found) > most:
+      return ()
+  return tuple(found)
+
+
+def as_range(positions: np.ndarray) -> range | np.ndarray:
+  """Sorted positions as a range, if they are contiguous."""
+  first, last = int(positions[0]), int(positions[-1])
+  return range(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
 def _block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
   block = tuple(len(d) for d in dims)
-  if all(d[-1] - d[0] + 1 == len(d) for d in dims):
+  sets = tuple(as_range(d) for d in dims)
+  if all(isinstance(d, range) for d in sets):
     start = np.array([d[0] for d in dims], np.int32)
-    return Slice(shape, name, _layout.digest("slice", start.tobytes()), block), {"start": start}
+    digest = _layout.digest("slice", start.tobytes())
+    return Slice(shape, name, digest, (sets,), block), {"start": start}
   picked = tuple(d.astype(np.int32) for d, n in zip(dims, shape, strict=True) if len(d) != n)
   digest = _layout.digest("block", *(d.tobytes() for d in picked))
-  return Block(shape, name, digest, block), {"dims": picked}
+  return Block(shape, name, digest, (sets,), block), {"dims": picked}
 
 
 def _block_limit(layout: Layout, limits: Limits) -> float:
@@ -144,7 +177,7 @@ def _elements(trainable: np.ndarray, shape: tuple[int, ...], name: str) -> tuple
 def _runtime(mask: Runtime, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
   if mask.count is None:
     return Dense(shape, name), {"frozen": mask.mask}
-  layout = Elements(shape, name, "", mask.count)
+  layout = Elements(shape, name, length=mask.count)
   return layout, {"flat": positions(mask.mask, shape, mask.count)}
 
 

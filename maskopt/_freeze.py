@@ -217,7 +217,7 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
     return Packed(target[0] if sets else update, layout, sets, index)
   if sets:
     full = dense(Record(layout, index, target[1]), target[1].dtype)
-    return _provenance.remember(full, Record(layout, index, target[0], sets=True))
+    return _provenance.made_of.remember(full, Record(layout, index, target[0], sets=True))
   if isinstance(layout, Full):
     return update
   return dense(Record(layout, index, update), update.dtype)
@@ -301,7 +301,7 @@ def _applied(p: Any, u: Any) -> Any:
     return u.__radd__(p)
   if _tree.is_hole(p) or _tree.is_hole(u) or getattr(u, "dtype", None) == jax.dtypes.float0:
     return p
-  record = _provenance.recall(u)
+  record = _provenance.made_of.recall(u)
   if record is not None and record.layout.shape == np.shape(p):
     return applied(p, record)
   return _layout.added(jnp.asarray(p), jnp.asarray(u))

@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 
 Index = dict[str, Any]
+# One product: for each dimension the chosen positions; a range where they are contiguous.
+Sets = tuple[range | np.ndarray, ...]
 
 _HINTS: dict[str, Any] = {"unique_indices": True, "indices_are_sorted": True}
 
@@ -33,11 +35,14 @@ class Layout:
     shape: the parameter's shape.
     dtype: the parameter's dtype, by name.
     digest: of the static index arrays; empty where there are none or where they are data.
+    blocks: products of index sets that together are the trainable elements, if these are few and
+      known while tracing; it follows from the digest, so it does not count in comparisons.
   """
 
   shape: tuple[int, ...]
   dtype: str
   digest: str = ""
+  blocks: tuple[Sets, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
   @property
   def size(self) -> int:

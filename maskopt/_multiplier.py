@@ -96,7 +96,7 @@ def _checked(
 def _scaled(update: Any, factor: Any, path: str) -> Any:
   if factor is None or (not is_packed(update) and _tree.is_hole(update)):
     return update
-  record = update.record if is_packed(update) else _provenance.recall(update)
+  record = update.record if is_packed(update) else _provenance.made_of.recall(update)
   if record is None:
     return _times(update, factor)
   if record.sets:

@@ -87,4 +87,4 @@ def dense(record: Record, dtype: Any) -> Any:
   """The full-shaped update whose frozen elements are -0.0, remembered as its packed values."""
   layout = record.layout
   zeros = jnp.full(layout.shape, -0.0 if jnp.issubdtype(dtype, np.inexact) else 0, dtype)
-  return _provenance.remember(layout.put(record.values, zeros, record.index), record)
+  return _provenance.made_of.remember(layout.put(record.values, zeros, record.index), record)

@@ -141,9 +141,7 @@ class Layouts:
       elif _tree.is_hole(leaf):
         taken.append(leaf)
       else:
-        record = _provenance.recall(leaf)
-        known = record is not None and record.layout == layout and not record.sets
-        taken.append(record.values if known and record else layout.take(leaf, index))
+        taken.append(_taken(leaf, layout, index))
     return flat.unflatten(taken)
 
   def map(self, fun: Callable[..., Any], flat: _tree.Flat, *trees: Any) -> Any:
@@ -156,6 +154,14 @@ class Layouts:
       )
     ]
     return flat.unflatten(leaves)
+
+
+def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
+  record = _provenance.made_of.recall(leaf)
+  if record is not None and record.stands_for(layout, index):
+    return record.values
+  whole = _provenance.unmasked.recall(leaf)
+  return layout.take(leaf if whole is None else whole, index)
 
 
 def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
