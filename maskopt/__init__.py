@@ -18,5 +18,7 @@ from ._masks import (
   union as union,
 )
 from ._packing import pack as pack, unpack as unpack
+from ._rules import build_mask as build_mask, build_multipliers as build_multipliers
+from ._selectors import heads as heads, train_only as train_only, units as units
 
 __version__ = "0.1.0"

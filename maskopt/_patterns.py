@@ -1,0 +1,228 @@
+"""Which parameters a rule's pattern names."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.nnx import filterlib
+
+from . import _layers, _tree
+from ._complaints import Complaint, listing
+
+_FILTERS = (
+  filterlib.WithTag,
+  filterlib.PathContains,
+  filterlib.PathIn,
+  filterlib.OfType,
+  filterlib.Any,
+  filterlib.All,
+  filterlib.Not,
+  filterlib.Everything,
+  filterlib.Nothing,
+)
+_ANCHORED = "Patterns start at the root of the tree; `**/` stands for any parts in front."
+
+
+class Subject:
+  """The tree that patterns look at."""
+
+  def __init__(self, source: Any, layers: Any = None) -> None:
+    self.source, self.flat = source, _tree.flatten(source)
+    self._layers = layers
+    # Holes hold no parameter, so no pattern names them.
+    self.live = [k for k, x in enumerate(self.flat.leaves) if not _tree.is_hole(x)]
+
+  @functools.cached_property
+  def layers(self) -> list[str]:
+    return _layers.layer_paths(self.source, self._layers)
+
+  @functools.cached_property
+  def owners(self) -> dict[int, int | None]:
+    """The layer of each parameter."""
+    paths = self.flat.paths
+    return {k: _layers.owner(self.layers, paths[k], self.source) for k in self.live}
+
+  @functools.cached_property
+  def variables(self) -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """Each nnx variable by its path, with the parts of that path as nnx has them."""
+
+    def stop(x: Any) -> bool:
+      return _tree.is_opaque(x) or isinstance(x, nnx.Variable)
+
+    tree = _tree.parameters(self.source)
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
+    return {_tree.path_of(keys): (tuple(map(_part, keys)), node) for keys, node in found}
+
+  def select(self, test: Callable[[str, Any], bool]) -> list[int]:
+    return [k for k in self.live if test(self.flat.paths[k], self.flat.leaves[k])]
+
+  def names(self) -> list[str]:
+    """The paths of all parameters and of the subtrees that hold them."""
+    paths = [self.flat.paths[k] for k in self.live]
+    return [n for n in dict.fromkeys(a for p in paths for a in _tree.ancestors(p)) if n]
+
+
+def _part(key: Any) -> Any:
+  """A path's part as nnx writes it: a name or a position."""
+  for attribute in ("key", "idx", "name"):
+    if hasattr(key, attribute):
+      return getattr(key, attribute)
+  return key
+
+
+def show(pattern: Any) -> str:
+  """The pattern as errors write it."""
+  if pattern is ...:
+    return "..."
+  if isinstance(pattern, type):
+    return pattern.__name__
+  if isinstance(pattern, slice):
+    parts = ["" if x is None else str(x) for x in (pattern.start, pattern.stop, pattern.step)]
+    return "layers[" + ":".join(parts[: 2 if pattern.step is None else 3]) + "]"
+  return getattr(pattern, "__qualname__", None) or repr(pattern)[:80]
+
+
+def matches(pattern: Any, subject: Subject) -> list[int]:
+  """Return the positions of the parameters that a pattern names, at least one.
+
+  Raises:
+    Complaint: the pattern names nothing, cannot be applied to this tree, or is none.
+  """
+  if pattern is ...:
+    found = list(subject.live)
+  elif isinstance(pattern, str):
+    regex = glob(pattern)
+    found = subject.select(lambda path, _: regex.fullmatch(path) is not None)
+  elif isinstance(pattern, re.Pattern):
+    found = subject.select(lambda path, _: pattern.search(path) is not None)
+  elif isinstance(pattern, (int, np.integer, slice)) and not isinstance(pattern, bool):
+    return _of_layers(pattern, subject)
+  elif isinstance(pattern, (type, *_FILTERS)):
+    found = _of_filter(pattern, subject)
+  elif callable(pattern):
+    found = subject.select(functools.partial(_asked, pattern))
+  else:
+    expected = (
+      "a path, a compiled regex, a layer index or slice, an nnx filter, a function or `...`"
+    )
+    remedy = "Write one rule per pattern: (pattern, value)."
+    raise Complaint(expected, f"{type(pattern).__name__} {show(pattern)}", remedy, TypeError)
+  if not found:
+    raise Complaint("a pattern that names a parameter", _nothing(pattern, subject), _ANCHORED)
+  return found
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+  """Return the regex for a glob on paths; it takes in what lies below the named node.
+
+  `*` and `?` stay inside one part, `**` crosses parts, `**/` may stand for none at all.
+  """
+  return re.compile("".join(_glob_parts(pattern)) + "(?:/.*)?", re.DOTALL)
+
+
+def _glob_parts(pattern: str) -> Iterator[str]:
+  token = re.compile(r"\*\*+/|\*\*+|\*|\?|\[!?\]?[^\]/]*\]|.", re.DOTALL)
+  for match in token.finditer(pattern):
+    text = match[0]
+    starts_part = match.start() == 0 or pattern[match.start() - 1] == "/"
+    if text.startswith("**"):
+      crossing = text.endswith("/")
+      yield "(?:.*/)?" if crossing and starts_part else ".*" + ("/" if crossing else "")
+    elif text in ("*", "?"):
+      yield "[^/]*" if text == "*" else "[^/]"
+    elif text.startswith("[") and len(text) > 1:
+      negated = text.startswith("[!")
+      inside = text[2 if negated else 1 : -1].replace("\\", r"\\").replace("[", r"\[")
+      inside = inside.replace("]", r"\]")
+      yield f"[^/{inside}]" if negated else "[" + inside.replace("^", r"\^") + "]"
+    else:
+      yield re.escape(text)
+
+
+def _asked(function: Callable[[str, Any], Any], path: str, leaf: Any) -> bool:
+  answer = function(path, leaf)
+  if not isinstance(answer, (bool, np.bool_)):
+    got = f"{type(answer).__name__} at {path}"
+    remedy = "A function as pattern takes (path, leaf) and returns True or False."
+    raise Complaint("a function that returns a bool", got, remedy, TypeError)
+  return bool(answer)
+
+
+def _of_layers(pattern: Any, subject: Subject) -> list[int]:
+  layers = subject.layers
+  known = f"the layers are {_layers.numbered(layers)}"
+  positions = range(len(layers))
+  try:
+    chosen = positions[pattern] if isinstance(pattern, slice) else [positions[int(pattern)]]
+  except IndexError:
+    expected = f"a layer index in [{-len(layers)}, {len(layers) - 1}]"
+    raise Complaint(expected, str(pattern), _sentence(known)) from None
+  except TypeError:
+    remedy = "Write slice(None, -3) for all layers but the last three."
+    raise Complaint("a slice of integers", show(pattern), remedy, TypeError) from None
+  found = [k for k in subject.live if subject.owners[k] in chosen]
+  if found:
+    return found
+  empty = f"{listing([layers[k] for k in chosen])}, without parameters" if len(chosen) else "none"
+  raise Complaint("layers that hold a parameter", empty, _sentence(known))
+
+
+def _sentence(text: str) -> str:
+  return text[0].upper() + text[1:] + "."
+
+
+def _of_filter(pattern: Any, subject: Subject) -> list[int]:
+  if isinstance(pattern, type) and not issubclass(pattern, nnx.Variable):
+    remedy = "Choose other leaves by a function: lambda path, leaf: ..."
+    got = f"the type {pattern.__name__}"
+    raise Complaint("an nnx.Variable type", got, remedy, TypeError)
+  boxes = subject.variables
+  if _asks_variable(pattern) and not any(isinstance(x, nnx.Variable) for _, x in boxes.values()):
+    remedy = "Give the nnx.Module or its nnx.State, or write the rule as a path."
+    raise Complaint("parameters in nnx variables", "a bare tree", remedy, TypeError)
+  predicate = filterlib.to_predicate(pattern)
+
+  def test(path: str, leaf: Any) -> bool:
+    del leaf
+    return predicate(*next(boxes[a] for a in _tree.ancestors(path) if a in boxes))
+
+  return subject.select(test)
+
+
+def _asks_variable(pattern: Any) -> bool:
+  """Whether a filter looks at the variable and not only at its path."""
+  if isinstance(pattern, filterlib.Not):
+    return _asks_variable(pattern.predicate)
+  if isinstance(pattern, (filterlib.Any, filterlib.All)):
+    return any(map(_asks_variable, pattern.predicates))
+  return isinstance(pattern, (type, filterlib.OfType, filterlib.WithTag))
+
+
+def _nothing(pattern: Any, subject: Subject) -> str:
+  """What is there instead of a match."""
+  names = subject.names()
+  near = _near(pattern, names) if isinstance(pattern, str) else []
+  if near:
+    return f"none (near paths: {', '.join(near)})"
+  if isinstance(pattern, type):
+    kinds = {type(x).__name__ for _, x in subject.variables.values()}
+    return f"none (the variables are {listing(sorted(kinds))})"
+  paths = [subject.flat.paths[k] or "the root" for k in subject.live]
+  return f"none (the parameters are {listing(paths)})" if paths else "a tree without parameters"
+
+
+def _near(pattern: str, names: list[str]) -> list[str]:
+  """Paths that end as the pattern does, then those that are spelt much like it."""
+  end = re.compile("(?:.*/)?" + "".join(_glob_parts(pattern.strip("/"))), re.DOTALL)
+  tails = [name for name in names if end.fullmatch(name)]
+  last = {name: name.rpartition("/")[2] for name in names}
+  alike = set(difflib.get_close_matches(pattern, set(last.values()), 5, 0.7))
+  spelt = difflib.get_close_matches(pattern, names, 5, 0.6)
+  return list(dict.fromkeys([*tails, *spelt, *(n for n in names if last[n] in alike)]))[:5]

@@ -1,0 +1,249 @@
+"""What a rule's value freezes in one parameter, as a mask that is as small as its structure."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._complaints import Complaint
+from ._errors import Problem, describe, fail
+from ._heads import Leaf, head_axis, head_mask, parts_of
+from ._indexing import FITS, Positions, chosen, indexed, positions
+
+_VALUES = (
+  "Write True or False, a NumPy bool array, an index (np.s_[:, :3]), maskopt.units, maskopt.heads, "
+  "maskopt.train_only or a function of the leaf."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+  """A rule value; see `units`."""
+
+  idx: Positions
+
+  def __repr__(self) -> str:
+    return f"units({self.idx!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+  """A rule value; see `heads`."""
+
+  idx: Positions
+  of: int
+  axis: int | None = None
+  parts: int | None = None
+
+  def __repr__(self) -> str:
+    extra = "".join(
+      f", {k}={v}" for k, v in (("axis", self.axis), ("parts", self.parts)) if v is not None
+    )
+    return f"heads({self.idx!r}, of={self.of}{extra})"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOnly:
+  """A rule value; see `train_only`."""
+
+  value: Any
+
+  def __repr__(self) -> str:
+    return f"train_only({self.value!r})"
+
+
+def units(idx: int | slice | Sequence[int] | np.ndarray) -> Units:
+  """Name output units, of kernel and bias alike, as the value of a rule.
+
+    frozen[..., j] = j in idx
+
+  Units are the last axis of a parameter: of a kernel (in, out) or (h, w, in, out), a bias (out,), a
+  scale (out,), an embedding (vocabulary, out), an attention kernel (in, heads, head_dim). In the
+  linear, convolution and recurrent layers of Equinox they are the first axis: (out, in).
+
+  Args:
+    idx: an int, ints, a slice, or a bool array with one element per unit; negative ints count from
+      the end. No ints name no unit.
+  Returns:
+    A value for `maskopt.build_mask`, which raises where a unit lies outside a parameter.
+  Raises:
+    TypeError: idx is neither.
+  Example:
+    >>> import numpy as np, maskopt
+    >>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
+    >>> mask = maskopt.build_mask(params, [("dense", maskopt.units([0, -1]))])
+    >>> mask["dense"]["bias"].tolist(), mask["dense"]["kernel"].shape
+    ([True, False, True], (1, 3))
+  """
+  return Units(positions(idx, "maskopt.units(idx=...)"))
+
+
+def heads(
+  idx: int | slice | Sequence[int] | np.ndarray,
+  of: int,
+  *,
+  axis: int | None = None,
+  parts: int | None = None,
+) -> Heads:
+  """Name attention heads as the value of a rule.
+
+    frozen[..., h, ...] = h in idx        along the axis of the heads
+
+  The axis is found by shape: the one of size `of` in kernels (in, of, d) and (of, d, out), the one
+  that `of` divides in fused kernels (in, of * d) and (of * d, out). A bias follows its kernel; one
+  that has no heads (of, d, out -> out) is left alone.
+
+  Args:
+    idx: heads, as in `maskopt.units`.
+    of: the number of heads.
+    axis: the axis of the kernel, where its shape leaves that open.
+    parts: how many projections lie side by side on a fused axis: 3 for (query, key, value) each
+      with its heads, 1 where every head has its own three.
+  Returns:
+    A value for `maskopt.build_mask`, which raises where a shape has no heads or several axes.
+  Raises:
+    TypeError: idx names no heads.
+    ValueError: of or parts is not positive.
+  Example:
+    >>> import numpy as np, maskopt
+    >>> params = {"query": {"kernel": np.ones((6, 2, 3)), "bias": np.ones((2, 3))}}
+    >>> mask = maskopt.build_mask(params, [("query", maskopt.heads(0, of=2))])
+    >>> mask["query"]["kernel"].shape, mask["query"]["bias"].tolist()
+    ((1, 2, 1), [[True], [False]])
+  """
+  where = "maskopt.heads(of=...)"
+  for name, count in (("of", of), ("parts", 1 if parts is None else parts)):
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+      fail(where, [Problem(name, "a positive int", describe(count))], "Give the number of heads.")
+  return Heads(positions(idx, "maskopt.heads(idx=...)"), int(of), axis, parts)
+
+
+def train_only(value: Any) -> TrainOnly:
+  """Freeze everything but what a value names, in the parameters that the rule names.
+
+    frozen[i] = not value[i]
+
+  Args:
+    value: any rule value of `maskopt.build_mask`.
+  Returns:
+    A value for `maskopt.build_mask`.
+  Example:
+    >>> import numpy as np, maskopt
+    >>> params = {"head": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
+    >>> rules = [("head", maskopt.train_only(maskopt.units(0)))]
+    >>> maskopt.build_mask(params, rules)["head"]["bias"].tolist()
+    [False, True, True]
+  """
+  return TrainOnly(value)
+
+
+def frozen(value: Any, leaf: Leaf) -> Any:
+  """Return the mask of one parameter: a bool, or a bool array of its rank that broadcasts to it.
+
+  Raises:
+    Complaint: the value is none, or does not fit the parameter.
+  """
+  if isinstance(value, (bool, np.bool_)):
+    return bool(value)
+  if isinstance(value, TrainOnly):
+    mask = frozen(value.value, leaf)
+    return not mask if isinstance(mask, bool) else ~mask
+  if isinstance(value, Units):
+    return _along(_unit_axis(leaf), leaf, lambda n: chosen(value.idx.within(n, "units"), n))
+  if isinstance(value, Heads):
+    return _heads(value, leaf)
+  if isinstance(value, (np.ndarray, jax.Array)) and value.dtype == np.bool_:
+    return _compact(broadcastable(value, leaf.shape, "bool"))
+  if isinstance(value, (int, np.integer, slice, tuple, list, range, np.ndarray)) or value is ...:
+    return _compact(indexed(value if isinstance(value, tuple) else (value,), leaf.shape))
+  if callable(value) and not isinstance(value, type):
+    return frozen(value(leaf.value), leaf)
+  remedy = _VALUES if value is not None else "Write True to freeze. " + _VALUES
+  raise Complaint("what to freeze", describe(value), remedy, TypeError)
+
+
+def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
+  """The array with the rank of the parameter, a copy if it is NumPy's; raises `Complaint`."""
+  rank, extra = len(shape), ""
+  fits = array.ndim <= rank and all(
+    n in (1, m) for n, m in zip(reversed(array.shape), reversed(shape), strict=False)
+  )
+  if fits and array.size == 1 and int(np.prod(shape, dtype=np.int64)) > 1:
+    fits, extra = False, f" (one element on a larger leaf: write a {kind})"
+  if not fits:
+    raise Complaint(f"{kind} broadcastable to {shape}", describe(array) + extra, FITS)
+  array = array.reshape((1,) * (rank - array.ndim) + array.shape)
+  return np.array(array) if isinstance(array, np.ndarray) else array
+
+
+def _compact(mask: Any) -> Any:
+  """A static mask without the axes it does not depend on; runtime masks stay as they are."""
+  if isinstance(mask, jax.Array):
+    return mask
+  for axis, n in enumerate(mask.shape):
+    first = mask.take([0], axis) if n > 1 else mask
+    if n > 1 and np.array_equal(np.broadcast_to(first, mask.shape), mask):
+      mask = first
+  return bool(mask.all()) if mask.size <= 1 else mask
+
+
+def _along(axis: int, leaf: Leaf, keep: Any) -> Any:
+  """The mask that depends on one axis only; `keep(n)` says on what of its n positions."""
+  shape = [1] * len(leaf.shape)
+  shape[axis] = leaf.shape[axis]
+  return _compact(keep(leaf.shape[axis]).reshape(shape))
+
+
+def _unit_axis(leaf: Leaf) -> int:
+  if not leaf.shape:
+    raise Complaint("a parameter with units", "a scalar", FITS)
+  return 0 if leaf.out_first else len(leaf.shape) - 1
+
+
+def _heads(value: Heads, leaf: Leaf) -> Any:
+  if not leaf.shape:
+    raise Complaint("a parameter with heads", "a scalar", FITS)
+  axis = head_axis(leaf, value.of, value.axis)
+  if axis is None:
+    return False
+  wanted = value.idx.within(value.of, "heads")
+  parts = parts_of(leaf, axis, value.of, value.parts)
+  where = f"in shape {leaf.shape}"
+  return _along(axis, leaf, lambda n: head_mask(n, value.of, wanted, parts, where))
+
+
+def factor(value: Any, leaf: Leaf) -> Any:
+  """Return the multiplier of one parameter: a float, or an array of its rank that broadcasts.
+
+  Raises:
+    Complaint: the value is no factor, is not finite, or does not fit the parameter.
+  """
+  remedy = "Write a number, None for 0, an array of factors or a function of the leaf."
+  if value is None:
+    return 0.0
+  is_array = isinstance(value, (np.ndarray, jax.Array))
+  if callable(value) and not is_array and not isinstance(value, type):
+    return factor(value(leaf.value), leaf)
+  # A NumPy scalar and a Python number are one-element arrays to the checks below.
+  array: Any = value if is_array or not isinstance(value, numbers.Number) else np.asarray(value)
+  if not _is_real(array):
+    raise Complaint("a factor", describe(value), remedy, TypeError)
+  if not isinstance(array, jax.Array) and not np.all(np.isfinite(np.asarray(array, np.float64))):
+    raise Complaint("finite factors", "NaN or infinity", remedy)
+  if not is_array:
+    return float(array)
+  if not jnp.issubdtype(array.dtype, np.floating):
+    array = array.astype(np.float32)
+  return broadcastable(array, leaf.shape, "float")
+
+
+def _is_real(array: Any) -> bool:
+  return isinstance(array, (np.ndarray, jax.Array)) and (
+    jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)
+  )
