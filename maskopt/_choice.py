@@ -169,9 +169,8 @@ def _elements_pay(share: float, size: int, limits: Limits, prefer: Prefer) -> bo
 
 def _elements(trainable: np.ndarray, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
   flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
-  return Elements(shape, name, _layout.digest("elements", flat.tobytes()), len(flat)), {
-    "flat": flat
-  }
+  digest, blocks = _layout.digest("elements", flat.tobytes()), blocks_of(trainable, shape)
+  return Elements(shape, name, digest, blocks, len(flat)), {"flat": flat}
 
 
 def _runtime(mask: Runtime, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:

@@ -1,0 +1,297 @@
+"""Gradients of the trainable elements alone: drop-in for `jax.grad` and `jax.value_and_grad`.
+
+JAX computes a whole weight gradient and XLA does not push a slice through a matmul, so a mask saves
+nothing there. Here the gradient is traced, and only what the trainable blocks need of it is
+computed: see `_slicer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import _packing, _provenance, _slicer, _tree
+from ._errors import Problem, describe, fail
+from ._layout import Block, Dense, Frozen, Full, Index, Layout, Slice
+from ._packed import Packed
+from ._packing import Layouts
+from ._provenance import Record
+
+
+def value_and_grad(
+  fun: Callable[..., Any],
+  freeze_mask: Any,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  packed: bool = False,
+  *,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  reduce_axes: Sequence[Any] = (),
+) -> Callable[..., tuple[Any, Any]]:
+  """Return a function that evaluates `fun` and its gradient at trainable elements.
+
+    value, g = fun(x), where g[i] = 0 if freeze_mask[i] else d fun / d x[i]
+
+  A drop-in for `jax.value_and_grad`, for any function. Wholly frozen leaves are not differentiated,
+  so the backward pass stops at the lowest layer that trains; of a leaf that trains in blocks only
+  the blocks are computed, and whatever below serves only the rest is not. Everything trainable is
+  JAX's own program.
+
+  Args:
+    fun: a scalar function; its differentiated arguments are trees of arrays.
+    freeze_mask: a freeze mask over the argument `argnums`, a tuple of masks for several, or
+      `maskopt.mask_of(state)`. A new structured mask is a new trace. Scattered and runtime masks
+      should come as `mask_of(state)`, for an array mask at hand is a constant of the program.
+    argnums: which positional argument, or arguments, to differentiate.
+    has_aux: whether `fun` returns (value, auxiliary data).
+    packed: return packed leaves in place of full-shaped ones, to accumulate or `pmean` by hand.
+    holomorphic: as in `jax.value_and_grad`.
+    allow_int: as in `jax.value_and_grad`; frozen integer leaves are always allowed.
+    reduce_axes: as in `jax.value_and_grad`.
+  Returns:
+    A function of the same arguments that returns (value, gradient), or ((value, aux), gradient).
+    The gradient has the argument's containers, shapes and dtypes and exact zeros where frozen
+    (float0 for integer leaves); NaN and Inf pass as in JAX. Inside one `jit`, `selective_transform`
+    and `apply_updates` receive its blocks and the full-shaped array is never built.
+  Raises:
+    ValueError: the mask does not fit the argument; TypeError: a mask leaf is not boolean, or the
+      argument is an nnx module (split it, or use its state).
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, maskopt
+    >>> loss = lambda w, x: ((x @ w["kernel"]) ** 2).sum()
+    >>> w, mask = {"kernel": jnp.eye(2)}, {"kernel": np.array([True, False])}
+    >>> value, g = maskopt.value_and_grad(loss, mask)(w, jnp.ones((1, 2)))
+    >>> float(value), g["kernel"].tolist()
+    (2.0, [[0.0, 2.0], [0.0, 2.0]])
+  """
+  where = "maskopt.grad(freeze_mask=...)"
+  jax_options = {
+    "has_aux": has_aux,
+    "holomorphic": holomorphic,
+    "allow_int": allow_int,
+    "reduce_axes": tuple(reduce_axes),
+  }
+
+  @functools.wraps(fun, updated=())
+  def evaluated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    params, with_params = _argument(args, argnums, where)
+    layouts = _packing.layouts_of(freeze_mask, params, where, prefer="values")
+    flat = layouts.flat(params, where)
+    split = _Split(layouts, flat)
+
+    def of_trained(trained: list[Any]) -> Any:
+      return fun(*with_params(split.merged(trained)), **kwargs)
+
+    differentiated = jax.value_and_grad(of_trained, **jax_options)
+    value, gradients = _evaluate(differentiated, split)
+    leaves = [
+      leaf if layout is None else _presented(g, leaf, layout, index, packed)
+      for g, leaf, layout, index in zip(
+        split.spread(gradients), flat.leaves, layouts.static.layouts, layouts.index, strict=True
+      )
+    ]
+    return value, flat.unflatten(leaves)
+
+  return evaluated
+
+
+def grad(
+  fun: Callable[..., Any],
+  freeze_mask: Any,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  packed: bool = False,
+  *,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  reduce_axes: Sequence[Any] = (),
+) -> Callable[..., Any]:
+  """Return a function that evaluates the gradient of `fun` at trainable elements.
+
+    g[i] = 0 if freeze_mask[i] else d fun / d x[i]
+
+  A drop-in for `jax.grad`; see `value_and_grad` for what is computed and for the arguments.
+
+  Args:
+    fun: a scalar function; its differentiated arguments are trees of arrays.
+    freeze_mask: a freeze mask over the argument `argnums`, a tuple of masks for several, or
+      `maskopt.mask_of(state)`.
+    argnums: which positional argument, or arguments, to differentiate.
+    has_aux: whether `fun` returns (value, auxiliary data).
+    packed: return packed leaves in place of full-shaped ones.
+    holomorphic: as in `jax.grad`.
+    allow_int: as in `jax.grad`; frozen integer leaves are always allowed.
+    reduce_axes: as in `jax.grad`.
+  Returns:
+    A function of the same arguments that returns the gradient, or (gradient, aux).
+  Raises:
+    ValueError: the mask does not fit the argument; TypeError: a mask leaf is not boolean.
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, maskopt
+    >>> g = maskopt.grad(lambda w: (w**2).sum(), np.array([True, False]))
+    >>> g(jnp.array([1.0, 1.0])).tolist()
+    [0.0, 2.0]
+  """
+  both = value_and_grad(
+    fun,
+    freeze_mask,
+    argnums,
+    has_aux,
+    packed,
+    holomorphic=holomorphic,
+    allow_int=allow_int,
+    reduce_axes=reduce_axes,
+  )
+
+  @functools.wraps(fun, updated=())
+  def gradient(*args: Any, **kwargs: Any) -> Any:
+    value, g = both(*args, **kwargs)
+    return (g, value[1]) if has_aux else g
+
+  return gradient
+
+
+def _argument(
+  args: tuple[Any, ...], argnums: int | Sequence[int], where: str
+) -> tuple[Any, Callable[[Any], list[Any]]]:
+  """The differentiated argument, or a tuple of several, and how to put another in its place."""
+  several = not isinstance(argnums, int)
+  numbers: list[int] = [int(n) for n in argnums] if several else [argnums]  # type: ignore[union-attr]
+  problems = [
+    Problem("", f"argnums below {len(args)}, the number of arguments", str(n))
+    for n in numbers
+    if not -len(args) <= n < len(args)
+  ]
+  problems += [
+    Problem("", "a tree of arrays", f"the module {type(args[n]).__name__}", TypeError)
+    for n in numbers
+    if not problems and isinstance(args[n], nnx.Module)
+  ]
+  if problems:
+    remedy = "Split a module with nnx.split and differentiate its nnx.Param state."
+    fail(where, problems, remedy)
+  chosen = tuple(args[n] for n in numbers)
+
+  def with_params(params: Any) -> list[Any]:
+    new = list(args)
+    for n, value in zip(numbers, params if several else (params,), strict=True):
+      new[n] = value
+    return new
+
+  return (chosen if several else chosen[0]), with_params
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+  """The leaves that train, apart from those that do not."""
+
+  layouts: Layouts
+  flat: _tree.Flat
+
+  @property
+  def _trains(self) -> list[bool]:
+    return [
+      layout is not None and not isinstance(layout, Frozen)
+      for layout in self.layouts.static.layouts
+    ]
+
+  @property
+  def trained(self) -> list[Any]:
+    pairs = zip(self.flat.leaves, self._trains, strict=True)
+    return [leaf for leaf, trains in pairs if trains]
+
+  @property
+  def demands(self) -> list[Any]:
+    """What the gradient of each trained leaf is wanted for."""
+    pairs = zip(self.layouts.static.layouts, self._trains, strict=True)
+    return [_demand(layout) for layout, trains in pairs if trains and layout]
+
+  def merged(self, trained: list[Any]) -> Any:
+    """The whole argument with other trained leaves."""
+    new = iter(trained)
+    pairs = zip(self.flat.leaves, self._trains, strict=True)
+    return self.flat.unflatten([next(new) if trains else leaf for leaf, trains in pairs])
+
+  def spread(self, gradients: list[Any]) -> list[Any]:
+    """One gradient per leaf; None where nothing trains."""
+    new = iter(gradients)
+    return [next(new) if trains else None for trains in self._trains]
+
+
+def _demand(layout: Layout) -> Any:
+  if layout.blocks:
+    return tuple(_slicer.region(layout.shape, *sets) for sets in layout.blocks)
+  return _slicer.ALL
+
+
+def _evaluate(differentiated: Callable[..., Any], split: _Split) -> tuple[Any, list[Any]]:
+  """The value with its aux, and for each trained leaf what was demanded of its gradient."""
+  demands = split.demands
+  if all(demand is _slicer.ALL for demand in demands):
+    return differentiated(split.trained)
+  static: list[Any] = []
+
+  def traced(trained: list[Any]) -> Any:
+    value, gradients = differentiated(trained)
+    leaves, treedef = jax.tree.flatten(value)
+    # Auxiliary data may hold what no traced program can return; it takes the way around.
+    arrays = [not _tree.is_hole(x) for x in leaves]
+    static[:] = [
+      treedef,
+      [None if is_array else x for x, is_array in zip(leaves, arrays, strict=True)],
+    ]
+    return [x for x, is_array in zip(leaves, arrays, strict=True) if is_array], gradients
+
+  closed = jax.make_jaxpr(traced)(split.trained)
+  treedef, others = static
+  count = len(closed.out_avals) - len(demands)
+  plan = _slicer.analyze(closed, [_slicer.ALL] * count + demands)
+  outputs = plan.emit(closed.consts, split.trained)
+  values = iter(outputs[:count])
+  value = treedef.unflatten([next(values) if x is None else x for x in others])
+  return value, outputs[count:]
+
+
+def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) -> Any:
+  """One leaf's gradient as the caller gets it, remembered as what it was made of."""
+  if isinstance(layout, Frozen):
+    return Packed(None, layout) if packed else _no_gradient(leaf)
+  if isinstance(layout, Full):
+    return g
+  values = _values(g, layout, index)
+  if packed:
+    return Packed(values, layout, index=index)
+  full = values
+  if not isinstance(layout, Dense):
+    zeros = jnp.zeros(layout.shape, values.dtype)
+    record = Record(layout, index, values)
+    full = _provenance.made_of.remember(layout.put(values, zeros, index), record)
+  return full if layout.blocks else _provenance.unmasked.remember(full, g)
+
+
+def _values(g: Any, layout: Layout, index: Index) -> Any:
+  """The packed values, of what was demanded by `_demand`."""
+  if not layout.blocks:
+    return layout.take(g, index)
+  if isinstance(layout, (Block, Slice)):
+    return g[0]
+  whole = jnp.zeros(layout.shape, g[0].dtype)
+  for sets, block in zip(layout.blocks, g, strict=True):
+    whole = whole.at[jnp.ix_(*(np.asarray(s, np.int32) for s in sets))].set(block)
+  return whole if isinstance(layout, Dense) else layout.take(whole, index)
+
+
+def _no_gradient(leaf: Any) -> Any:
+  """Zeros as JAX gives them: float0 for what is no float."""
+  dtype = jnp.result_type(leaf)
+  if not jnp.issubdtype(dtype, np.inexact):
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+  return jnp.zeros(np.shape(leaf), dtype)
