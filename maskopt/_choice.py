@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import _layout
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Sets, Slice
@@ -47,7 +48,7 @@ _INT32 = 2**31 - 1
 def platform_of(leaves: list[Any]) -> str:
   """The platform the parameters live on, or JAX's default while they are abstract."""
   for x in leaves:
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
       return next(iter(x.devices())).platform
   return jax.default_backend()
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from . import _packing, _provenance, _slicer, _tree
-from ._errors import Problem, describe, fail
+from ._errors import Problem, fail
 from ._layout import Block, Dense, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
 from ._packing import Layouts

@@ -206,7 +206,8 @@ class Elements(Layout):
   @property
   def _modes(self) -> tuple[str, str]:
     # Only a static mask promises that every position exists.
-    return ("promise_in_bounds",) * 2 if self.digest else ("fill", "drop")
+    static = ("promise_in_bounds", "promise_in_bounds")
+    return static if self.digest else ("fill", "drop")
 
   def take(self, x: Any, index: Index) -> Any:
     return _move(_elements_out, self._modes[0], index["flat"], x)
