@@ -10,6 +10,9 @@ from ._freeze import (
 )
 from ._multiplier import scale_by_multiplier as scale_by_multiplier
 
+# Gradients of what trains
+from ._grad import grad as grad, value_and_grad as value_and_grad
+
 # Masks
 from ._masks import (
   intersection as intersection,
