@@ -1,0 +1,275 @@
+"""The contract, over every optimizer of Optax: frozen bits stay, trainable values train alone.
+
+After 20 steps the frozen elements have the bits they started with, and the trainable ones are those
+of the inner optimizer on the sub-problem, run by plain Optax. By default each optimizer runs once,
+in cases that cover every pair of dtype, mask and mode; `pytest -m slow` runs the full product.
+"""
+
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import reference
+from optimizers import ABSENT, SEES_RANK, SLOW_EAGER, TABLE, transformations
+from reference import View
+
+import maskopt
+
+STEPS = 20
+SHAPE = (8, 6)
+_RNG = np.random.default_rng(0)
+
+
+def _scattered(share):
+  mask = np.ones(SHAPE, bool)
+  mask.flat[_RNG.permutation(mask.size)[: round(share * mask.size)]] = False
+  return mask
+
+
+def _where(*index):
+  mask = np.ones(SHAPE, bool)
+  mask[index] = False
+  return mask
+
+
+# name: mask of the parameter's shape, how it is given, what the inner optimizer sees, the layout
+_ROWS, _COLUMNS = _where([0, 3, 7]), _where(slice(None), [1, 4])
+_BLOCK = _where(slice(2, 6), slice(1, 4))
+_FEW, _MANY = _scattered(0.4), _scattered(0.8)
+MASKS = {
+  "frozen": (np.ones(SHAPE, bool), True, "gone", "Frozen"),
+  "full": (np.zeros(SHAPE, bool), False, "block", "Full"),
+  "rows": (_ROWS, _ROWS[:, :1], "block", "Block"),
+  "block": (_BLOCK, _BLOCK, "block", "Block"),
+  "columns": (_COLUMNS, _COLUMNS[0], "block", "Block"),
+  "scattered": (_FEW, _FEW, "elements", "Elements"),
+  "dense": (_MANY, _MANY, "dense", "Dense"),
+  "runtime": (_FEW, maskopt.runtime(_FEW), "dense", "Dense"),
+  "runtime_count": (_FEW, maskopt.runtime(_FEW, int((~_FEW).sum())), "elements", "Elements"),
+}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+MODES = ("eager", "jit")
+
+# Per 20 steps, relative to the largest trainable value. Narrow floats: XLA keeps wide intermediates
+# inside a fusion and the two programs fuse differently, so a step may differ by a rounding.
+TOLERANCE = {"float16": 32, "bfloat16": 32, "float32": 512, "float64": 512}  # units of epsilon
+
+# Gradients at frozen elements.
+RUBBISH = (np.nan, np.inf, -np.inf, 1e4, -3.0)
+
+
+def pairwise(*factors):
+  """Rows that hold every pair of values of every two factors; greedy, in a fixed order."""
+  wanted = {
+    ((i, a), (j, b))
+    for (i, x), (j, y) in itertools.combinations(enumerate(factors), 2)
+    for a in x
+    for b in y
+  }
+  rows = []
+  while wanted:
+    best = max(
+      itertools.product(*factors),
+      key=lambda row: len(wanted & set(itertools.combinations(enumerate(row), 2))),
+    )
+    rows.append(best)
+    wanted -= set(itertools.combinations(enumerate(best), 2))
+  return rows
+
+
+def cases():
+  """Every optimizer once, every pair of the rest: each row goes to the first that may run it."""
+  rows = itertools.cycle(pairwise(DTYPES, tuple(MASKS), MODES))
+  waiting = sorted(TABLE)
+  while waiting:
+    row = next(rows)
+    name = next((n for n in waiting if _default(n, *row)), None)
+    if name is not None:
+      waiting.remove(name)
+      yield name, *row
+
+
+def _default(name, dtype, mask, mode):
+  """Whether the default run may give an optimizer this case."""
+  entry = TABLE[name]
+  slow = name in SLOW_EAGER and mode == "eager"
+  return dtype in entry.dtypes and mode in entry.modes and not slow
+
+
+class Problem:
+  """A separable quadratic over a flat dict of leaves, and its gradient."""
+
+  def __init__(self, target, weight, at_frozen):
+    self.target, self.weight, self.at_frozen = target, weight, at_frozen
+
+  def value(self, params):
+    """The loss where the weight is not zero: frozen NaNs stay out of the value."""
+    terms = [
+      jnp.sum(jnp.where(w == 0, jnp.zeros_like(w), w * (p.astype(w.dtype) - t) ** 2) / 2)
+      for p, t, w in zip(*map(jax.tree.leaves, (params, self.target, self.weight)), strict=True)
+    ]
+    return functools.reduce(jnp.add, terms)
+
+  def grad(self, params):
+    """Its gradient, and whatever was given where the weight is zero."""
+
+    def one(p, t, w):
+      rubbish = jnp.resize(jnp.array(self.at_frozen), p.shape)
+      true = w * (p.astype(w.dtype) - t)
+      return jnp.where(w == 0, rubbish.astype(w.dtype), true).astype(p.dtype)
+
+    return jax.tree.map(one, params, self.target, self.weight)
+
+  def extra(self, names, params, grads):
+    known = {
+      "value": lambda: self.value(params),
+      "grad": lambda: grads,
+      "value_fn": lambda: self.value,
+      "obj_fn": lambda: self.value,
+      "grad_fn": lambda: lambda p, _: self.grad(p),
+    }
+    return {name: known[name]() for name in names}
+
+
+def run(tx, apply, params, problem, extra, mode, between=lambda p: p):
+  """The parameters after `STEPS` steps."""
+
+  def step(carry, _):
+    params, state = carry
+    grads = problem.grad(params)
+    updates, state = tx.update(grads, state, params, **problem.extra(extra, params, grads))
+    return (between(apply(params, updates)), state), None
+
+  state = tx.init(params)
+  if mode == "jit":
+    scan = jax.jit(lambda c: jax.lax.scan(step, c, length=STEPS)[0])
+    return scan((params, state))[0]
+  carry = params, state
+  for _ in range(STEPS):
+    carry, _ = step(carry, None)
+  return carry[0]
+
+
+def setting(dtype, mask):
+  """Parameters with special bits where frozen, and the frozen arrays and views of their leaves."""
+  frozen, _, view, _ = MASKS[mask]
+  rng = np.random.default_rng(1)
+  frozen = {"kernel": frozen, "bias": np.zeros(4, bool), "base": np.ones(20, bool)}
+  views = {"kernel": View(view, frozen["kernel"]), "bias": View("block", frozen["bias"])}
+  params = {
+    k: reference.with_specials(rng, f.shape, reference.REAL[dtype], f) for k, f in frozen.items()
+  }
+  return params, frozen, views
+
+
+def check(name, dtype, mask, mode):
+  entry = TABLE[name]
+  params, frozen, views = setting(dtype, mask)
+  _, given, _, kind = MASKS[mask]
+  wide = np.float64 if dtype == "float64" else np.float32
+  rng = np.random.default_rng(2)
+  target = {k: (np.sign(rng.normal(size=f.shape)) * 6).astype(wide) for k, f in frozen.items()}
+  weight = {
+    k: np.where(f, 0, rng.uniform(0.5, 1.0, f.shape)).astype(wide) for k, f in frozen.items()
+  }
+
+  problem = Problem(*jax.tree.map(jnp.asarray, (target, weight)), RUBBISH)
+  inner = entry.make()
+  tx = maskopt.selective_transform(
+    inner,
+    freeze_mask={"kernel": given, "bias": False, "base": True},
+    prefer="time" if mask == "dense" else "memory",
+  )
+  start = jax.tree.map(jnp.asarray, params)
+  assert dict(maskopt.mask_of(tx.init(start)).items())["kernel"].kind == kind
+  after = run(tx, maskopt.apply_updates, start, problem, entry.extra, mode)
+
+  for k in params:
+    assert reference.moved(params[k], after[k], frozen[k]) == []
+
+  sub = Problem(*(reference.sub_problem(x, views) for x in (target, weight)), (0.0,))
+  alone = run(
+    _plain(inner),
+    optax.apply_updates,
+    reference.sub_problem(params, views),
+    sub,
+    entry.extra,
+    mode,
+    between=functools.partial(reference.rezero, views=views),
+  )
+  trained = False
+  for k, values in alone.items():
+    trains = ~frozen[k]
+    got, before = (np.asarray(x)[trains].astype(np.float64) for x in (after[k], params[k]))
+    want = views[k].put(values, params[k])[trains].astype(np.float64)
+    assert np.isfinite(want).all(), "the reference itself diverged"
+    step = TOLERANCE[dtype] * float(ml_dtypes.finfo(reference.REAL[dtype]).eps)
+    np.testing.assert_allclose(got, want, rtol=step, atol=step * np.abs(want).max())
+    trained |= bool((got != before).any())
+  assert trained or name == "set_to_zero"
+
+
+def _plain(inner):
+  if isinstance(inner, optax.GradientTransformation):
+    return optax.with_extra_args_support(inner)
+  return optax.GradientTransformationExtraArgs(inner.init, inner.update)  # MultiSteps
+
+
+def _checked(name, dtype, mask, mode):
+  # Optax itself promotes; and leaf-coupled optimizers warn, which test_compose.py looks at.
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+    jax.enable_x64(dtype == "float64"),
+    warnings.catch_warnings(),
+  ):
+    warnings.filterwarnings("ignore", ".*deprecated", DeprecationWarning)
+    warnings.filterwarnings("ignore", "(?s).*depends on the shape of a leaf", UserWarning)
+    check(name, dtype, mask, mode)
+
+
+@pytest.mark.parametrize(("name", "dtype", "mask", "mode"), list(cases()))
+def test_contract(name, dtype, mask, mode):
+  _checked(name, dtype, mask, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+  ("name", "dtype"), [(n, d) for n in sorted(TABLE) for d in TABLE[n].dtypes]
+)
+def test_full_product(name, dtype, mask, mode):
+  if mode not in TABLE[name].modes:
+    pytest.skip("Optax itself cannot run it in this mode")
+  _checked(name, dtype, mask, mode)
+
+
+def test_table_names_every_public_transformation():
+  assert transformations() <= set(TABLE) | set(ABSENT)
+
+
+def test_default_cases_cover_every_optimizer_and_every_pair():
+  chosen = list(cases())
+  pairs = {p for _, *row in chosen for p in itertools.combinations(enumerate(row), 2)}
+  assert len(pairs) == 4 * 9 + 4 * 2 + 9 * 2
+  assert sorted(name for name, *_ in chosen) == sorted(TABLE)
+
+
+def test_private_gradients_are_per_example_and_refused():
+  # Why the table leaves them out: their gradients have a leading batch dimension, so they are no
+  # gradients of the parameters. Aggregate first, then hand the result to selective_transform.
+  params = {"w": jnp.ones(3)}
+  inner = optax.contrib.differentially_private_aggregate(1.0, 1.0, key=jax.random.key(0))
+  tx = maskopt.selective_transform(inner, freeze_mask=False)
+  with pytest.raises(ValueError, match=r"at w, expected an array of shape \(3,\), got .*\(5, 3\)"):
+    tx.update({"w": jnp.ones((5, 3))}, tx.init(params), params)
+
+
+assert SEES_RANK <= set(TABLE)
