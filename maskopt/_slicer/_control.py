@@ -31,38 +31,32 @@ def _paired(demands: Demands, blocks: list[list[Any]]) -> list[Blocks]:
 
 
 def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
-  """A jaxpr evaluated once, in place."""
+  """A jaxpr evaluated once: written out if it is short, else a jit of its own.
+
+  Equal layers, sliced alike, share a plan and so are traced and compiled once.
+  """
   jaxpr, consts = opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
   plan = planner(jaxpr, outs)
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
-    return _paired(outs, plan.emit(consts, _paired(plan.ins, operands)))
+  def sliced(operands: list[list[Any]]) -> list[list[Any]]:
+    return plan.emit(consts, _paired(plan.ins, operands))
 
-  return Step(eqn, plan.ins, run, plans=[plan])
+  sliced.__name__ = eqn.params.get("name", eqn.primitive.name)
+  if len(plan.steps) > MAX_INLINE:
+    if plan.compiled is None:
+      plan.compiled = jax.jit(sliced, inline=bool(eqn.params.get("inline")))
+    emit = plan.compiled
+  else:
+    emit = sliced
+  return Step(eqn, plan.ins, lambda operands: _paired(outs, emit(operands)), plans=[plan])
 
 
 def jit(eqn: Equation, outs: Demands, planner: Planner) -> Step | None:
-  """A jit is a jit again: equal layers, sliced alike, are traced and compiled once."""
+  """A jit whose arguments or results are laid out by hand stays as it is."""
   shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
   if any(isinstance(s, jax.sharding.Sharding) for s in shardings):
     return None
-  step = call(eqn, outs, planner)
-  (plan,) = step.plans
-  if len(plan.steps) <= MAX_INLINE:
-    return step
-  _, consts = opened(eqn.params["jaxpr"])
-
-  def run(operands: list[list[Any]]) -> list[Blocks]:
-    if plan.compiled is None:
-
-      def sliced(operands: list[list[Any]]) -> list[list[Any]]:
-        return plan.emit(consts, _paired(plan.ins, operands))
-
-      sliced.__name__ = eqn.params.get("name", "sliced")
-      plan.compiled = jax.jit(sliced, inline=bool(eqn.params.get("inline")))
-    return _paired(outs, plan.compiled(operands))
-
-  return Step(eqn, plan.ins, run, plans=[plan])
+  return call(eqn, outs, planner)
 
 
 def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
@@ -73,11 +67,7 @@ def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   if not (eqn.params.get("differentiated") and prevent):
     return step
   inner = step.run
-
-  def run(operands: list[list[Any]]) -> list[Blocks]:
-    return inner(lax.optimization_barrier(operands))
-
-  return step._replace(run=run)
+  return step._replace(run=lambda operands: inner(lax.optimization_barrier(operands)))
 
 
 def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:

@@ -29,11 +29,18 @@ UNARY_SHARDING = ("sharding_constraint", "reshard", "mesh_cast", "layout_constra
 
 @rule(*ELEMENTWISE)
 def elementwise(eqn: Equation, r: Region) -> Piece | None:
-  """out[r] = f(x[r], y[r], ...); scalar operands are read whole."""
-  rank = len(r)
-  ins = [r if len(shape_of(v)) == rank else full(0) for v in eqn.invars]
-  if any(len(shape_of(v)) not in (0, rank) for v in eqn.invars):
-    return None
+  """out[r] = f(x[r], y[r], ...); scalars are read whole, as are dimensions of size 1 that stretch."""
+  shape, ins = out_shape(eqn), []
+  for v in eqn.invars:
+    sizes = shape_of(v)
+    if sizes == shape:
+      ins.append(r)
+    elif not sizes:
+      ins.append(full(0))
+    elif len(sizes) == len(shape):
+      ins.append(Region(d if m == n else None for d, m, n in zip(r, sizes, shape, strict=True)))
+    else:
+      return None
   return Piece(ins, rebind(eqn))
 
 
