@@ -24,4 +24,13 @@ from ._packing import pack as pack, unpack as unpack
 from ._rules import build_mask as build_mask, build_multipliers as build_multipliers
 from ._selectors import heads as heads, train_only as train_only, units as units
 
+# Look and prove
+from .report import (
+  audit as audit,
+  metrics as metrics,
+  plot as plot,
+  snapshot as snapshot,
+  summary as summary,
+)
+
 __version__ = "0.1.0"

@@ -1,0 +1,120 @@
+"""What a layout says of single elements and of units, on the host and without a dense mask.
+
+  frozen[i] = no packed value stands for i        unit j frozen = all elements of unit j are frozen
+
+Everything here reads the layouts that the transforms work with, so a report cannot disagree with
+what trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+
+from .. import _packing
+from .._errors import Problem, fail
+from .._layout import Block, Elements, Frozen, Full, Index, Layout, Slice
+from .._packing import Layouts
+
+
+def analysed(freeze_mask: Any, params: Any, where: str) -> Layouts:
+  """The layouts of a mask that can be read now; a traced one cannot."""
+  layouts = _packing.layouts_of(freeze_mask, params, where)
+  if any(isinstance(x, core.Tracer) for x in jax.tree.leaves(layouts)):
+    problem = Problem("", "a freeze mask at hand", "a traced one", TypeError)
+    fail(where, [problem], "Call it outside jit, on what jit returns.")
+  return layouts
+
+
+def trained_along(layout: Layout, index: Index) -> list[np.ndarray] | None:
+  """Per dimension, which positions train, if the trainable set is their product; else None."""
+  if isinstance(layout, Slice):
+    starts = np.asarray(index["start"])
+    chosen = [slice(s, s + b) for s, b in zip(starts, layout.block, strict=True)]
+  elif isinstance(layout, Block):
+    picked = iter(index["dims"])
+    chosen = [
+      np.asarray(next(picked)) if b != n else slice(None)
+      for b, n in zip(layout.block, layout.shape, strict=True)
+    ]
+  else:
+    return None
+  along = [np.zeros(n, bool) for n in layout.shape]
+  for trains, where in zip(along, chosen, strict=True):
+    trains[where] = True
+  return along
+
+
+def flat_positions(layout: Elements, index: Index) -> np.ndarray:
+  """Sorted flat positions of the trainable elements; padding lies past the end and is left out."""
+  flat = np.asarray(index["flat"])
+  return flat[flat < layout.size]
+
+
+def dense_mask(index: Index) -> np.ndarray:
+  """A Dense layout's mask as it broadcasts."""
+  return np.asarray(index["frozen"])
+
+
+def frozen_count(layout: Layout, index: Index) -> int:
+  """How many elements are frozen, counting what only a runtime mask knows."""
+  if layout.count is not None:
+    return layout.size - layout.count
+  mask = dense_mask(index)
+  return int(np.count_nonzero(mask)) * (layout.size // max(mask.size, 1))
+
+
+def frozen_mask(layout: Layout, index: Index) -> np.ndarray:
+  """Bools of the leaf's shape, at most one byte an element; True = frozen."""
+  if isinstance(layout, (Frozen, Full)):
+    return np.broadcast_to(np.bool_(isinstance(layout, Frozen)), layout.shape)
+  along = trained_along(layout, index)
+  if along is not None:
+    mask = np.ones(layout.shape, bool)
+    mask[np.ix_(*along)] = False
+    return mask
+  if isinstance(layout, Elements):
+    mask = np.ones(layout.size, bool)
+    mask[flat_positions(layout, index)] = False
+    return mask.reshape(layout.shape)
+  return np.broadcast_to(dense_mask(index), layout.shape)
+
+
+def frozen_units(layout: Layout, index: Index, axes: Sequence[int]) -> np.ndarray:
+  """Which units are wholly frozen, a unit being one position along `axes`.
+
+  Returns:
+    Bools of the shape the leaf has along `axes`. Costs what the layout holds and not the leaf.
+  """
+  shape = tuple(layout.shape[a] for a in axes)
+  if isinstance(layout, (Frozen, Full)):
+    return np.full(shape, isinstance(layout, Frozen))
+  along = trained_along(layout, index)
+  units = np.ones(shape, bool)
+  if along is not None:
+    units[np.ix_(*(along[a] for a in axes))] = False
+    return units
+  if isinstance(layout, Elements):
+    positions = np.unravel_index(flat_positions(layout, index), layout.shape)
+    units[tuple(positions[a] for a in axes)] = False
+    return units
+  mask = dense_mask(index)
+  others = tuple(a for a in range(len(layout.shape)) if a not in axes)
+  return np.broadcast_to(mask.all(axis=others), shape)
+
+
+def packed_bytes(layout: Layout) -> int:
+  """Bytes of one copy of the packed values."""
+  held = layout.packed_shape
+  return 0 if held is None else math.prod(held) * jnp.dtype(layout.dtype).itemsize
+
+
+def index_bytes(index: Index) -> int:
+  """Bytes of the arrays a layout needs at run time."""
+  return sum(int(x.nbytes) for x in jax.tree.leaves(index))

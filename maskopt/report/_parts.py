@@ -1,0 +1,162 @@
+"""A tree's parameters, and the state that stands beside them.
+
+A module holds variables that are no parameters (BatchNorm statistics, counts of random numbers),
+and so do the variables of linen, `{"params": ..., "batch_stats": ...}`. A freeze mask speaks of the
+parameters; the rest is watched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import core
+
+from .. import _layers, _masks, _tree
+from .._complaints import Complaint
+from .._errors import Problem
+from .._packing import Layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+  """One array that is no parameter.
+
+  Attributes:
+    path: where the tree holds it.
+    owner: the same path as the parameters of its layer would have it.
+    kind: the variable's type, or the collection's name.
+    value: the array.
+  """
+
+  path: str
+  owner: str
+  kind: str
+  value: Any
+
+
+def parts(tree: Any, freeze_mask: Any) -> tuple[Any, Any, list[Other]]:
+  """Return the parameters, the mask over them, and everything else that the tree holds.
+
+  The variables of linen come apart unless the mask speaks of the other collections too. A function
+  is a mask over the parameters and is left for the analysis to call.
+  """
+  if isinstance(tree, nnx.Module):
+    return _tree.parameters(tree), freeze_mask, beside(tree)
+  if not _is_variables(tree):
+    return tree, freeze_mask, []
+  named = _collections_named(freeze_mask)
+  if "params" not in named:
+    return tree["params"], freeze_mask, list(_collections(tree))
+  if named != {"params"}:
+    return tree, freeze_mask, []
+  if isinstance(freeze_mask, Layouts):
+    return {"params": tree["params"]}, freeze_mask, list(_collections(tree))
+  return tree["params"], freeze_mask["params"], list(_collections(tree))
+
+
+def beside(tree: Any) -> list[Other]:
+  """What a module holds beside its parameters; a tree holds nothing that a mask could not name."""
+  return list(_variables(tree)) if isinstance(tree, nnx.Module) else []
+
+
+# linen's collections that no one trains. Any other name beside `params` may hold parameters, and a
+# mask must speak of it.
+_COLLECTIONS = {"batch_stats", "cache", "intermediates", "losses", "metrics", "perturbations"}
+
+
+def _is_variables(tree: Any) -> bool:
+  """Whether a tree is the variables of a linen module."""
+  return (
+    isinstance(tree, Mapping)
+    and not isinstance(tree, nnx.State)
+    and isinstance(tree.get("params"), Mapping)
+    and set(tree) <= _COLLECTIONS | {"params"}
+  )
+
+
+def _collections_named(freeze_mask: Any) -> set[str]:
+  """The first parts of the mask's paths."""
+  if isinstance(freeze_mask, Layouts):
+    return {path.partition("/")[0] for path in freeze_mask.static.paths}
+  return set(freeze_mask) if isinstance(freeze_mask, Mapping) else set()
+
+
+def _variables(module: nnx.Module) -> Iterator[Other]:
+  for keys, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param))):
+    path, kind = "/".join(map(str, keys)), type(variable).__name__
+    yield from _others(path, path, kind, variable)
+
+
+def _collections(tree: Mapping[str, Any]) -> Iterator[Other]:
+  for name, collection in tree.items():
+    if name != "params":
+      yield from _others(name, "", name, collection)
+
+
+def _others(path: str, owner: str, kind: str, tree: Any) -> Iterator[Other]:
+  flat = _tree.flatten(tree)
+  for inner, leaf in zip(flat.paths, flat.leaves, strict=True):
+    if not _tree.is_hole(leaf):
+      yield Other(_tree.join(path, inner), _tree.join(owner, inner), kind, leaf)
+
+
+def network_order(source: Any, paths: Sequence[str]) -> list[int]:
+  """Positions of the paths in the order of the layers, where the source knows it."""
+  positions = list(range(len(paths)))
+  try:
+    place = {name: k for k, name in enumerate(_layers.layer_paths(source))}
+  except Complaint:
+    return positions  # a bare tree without numbers: its own order is all there is
+
+  def layer(i: int) -> int:
+    return next((place[a] for a in _tree.ancestors(paths[i]) if a in place), len(place))
+
+  return sorted(positions, key=layer)
+
+
+def is_key(x: Any) -> bool:
+  """Whether x holds keys of random numbers, which have no bits of their own on the host."""
+  return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def spec(x: Any) -> Any:
+  """What remains of a leaf when its values are taken away."""
+  return x if _tree.is_hole(x) else jax.ShapeDtypeStruct(np.shape(x), _masks.dtype_of(x))
+
+
+def on_host(x: Any, path: str, problems: list[Problem], *, copy: bool) -> np.ndarray | None:
+  """The leaf as a NumPy array; complaints go to `problems`.
+
+  A copy is one indeed: on CPU `np.asarray` looks into the buffer, which a donating step overwrites.
+  """
+  reason = _unreadable(x)
+  if reason is not None:
+    problems.append(Problem(path, *reason))
+    return None
+  if is_key(x):
+    x = jax.random.key_data(x)
+  return (np.array if copy else np.asarray)(x, dtype=_masks.dtype_of(x))
+
+
+def is_readable(x: Any) -> bool:
+  """Whether the host can read the values of a leaf now."""
+  return _unreadable(x) is None
+
+
+def _unreadable(x: Any) -> tuple[str, str] | None:
+  """What was expected and what came, of a leaf that the host cannot read."""
+  if isinstance(x, core.Tracer):
+    return "an array at hand (call this outside jit)", "a traced one"
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return "an array", "an abstract one without values"
+  if not getattr(x, "is_fully_addressable", True):
+    return "an array that this process holds wholly", "one sharded over several processes"
+  if isinstance(x, jax.Array) and x.is_deleted():
+    return "an array that still exists (take the snapshot before the step)", "one that was donated"
+  return None
