@@ -27,6 +27,8 @@ _REMEDY = (
   "Give the network order: layers=[names], layers=the nnx or Equinox module, or "
   "layers=(linen_module, *example_inputs)."
 )
+# What nnx keeps about a module in the module starts with this.
+_LIBRARY = "_pytree__"
 _NUMBERED = re.compile(r"(.*?)[_.\-]?(\d+)", re.DOTALL)
 
 
@@ -220,15 +222,27 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     names = getattr(node, "_fields", None) or map(str, range(len(node)))
     return list(zip(names, node, strict=True))
   if isinstance(node, nnx.Module):
-    kinds = (nnx.Module, nnx.Variable, list, tuple, dict)
-    return [(k, v) for k, v in vars(node).items() if isinstance(v, kinds) and _is_own(k)]
+    return [(name, vars(node)[name]) for name in _attributes(node)]
   fields = [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
   return [(name, getattr(node, name)) for name in fields if hasattr(node, name)]
 
 
-def _is_own(attribute: str) -> bool:
-  """Whether an nnx attribute is the network's and not the library's bookkeeping."""
-  return not attribute.startswith("_pytree__")
+def _attributes(module: nnx.Module) -> list[str]:
+  """The attributes of an nnx module that may hold layers, as written.
+
+  `split` and `merge`, so `nnx.jit` too, sort the attributes of the very module they are given; but
+  its record of which attributes are data keeps their order.
+  """
+  kinds = (nnx.Module, nnx.Variable, list, tuple, dict)
+  own = [k for k, v in vars(module).items() if isinstance(v, kinds) and not k.startswith(_LIBRARY)]
+  written = getattr(module, f"{_LIBRARY}nodes", {})
+  if all(name in written for name in own):
+    return [name for name in written if name in own]
+  # A module with pytree=False has no such record; made afresh it has its bookkeeping in this order.
+  if len(own) < 2 or list(vars(module))[:2] == [f"{_LIBRARY}state", f"{_LIBRARY}nodes"]:
+    return own
+  got = f"a rebuilt {type(module).__name__} (pytree=False), whose attributes are sorted"
+  raise Complaint("attributes in the order they were written", got, _REMEDY)
 
 
 def _is_module(x: Any) -> bool:
