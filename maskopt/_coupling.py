@@ -36,7 +36,9 @@ def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int,
     return optimizer.update(grads, optimizer.init(params), params)
 
   try:
-    closed = jax.make_jaxpr(step)(leaf, leaf)
+    # Optax promotes; whether the caller allows that is not asked here.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      closed = jax.make_jaxpr(step)(leaf, leaf)
   except Exception:  # noqa: BLE001 - it needs arguments we do not have: nothing can be promised
     return object()
   return list(_lines(closed.jaxpr))

@@ -6,6 +6,8 @@ import functools
 import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from . import _coupling, _masks, _packing
@@ -68,7 +70,8 @@ class Owner:
           "blocks, or use an optimizer that works element by element.",
           stacklevel=4,
         )
-    return layouts
+    # Copies, for a loop that donates its state must not take the caller's mask away.
+    return jax.tree.map(jnp.array, layouts)
 
   def check(self, layouts: Any) -> None:
     """Raise unless the layouts in a state are those our mask gets."""

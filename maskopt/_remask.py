@@ -29,7 +29,7 @@ def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
     elif isinstance(layout, Elements):
       index.append({"flat": _choice.positions(mask.mask, layout.shape, layout.length)})
     else:
-      index.append({"frozen": mask.mask})
+      index.append({"frozen": jnp.array(mask.mask)})  # a copy: the state may be donated
   if problems:
     fail(where, problems, "Give init a runtime mask: maskopt.runtime(mask).")
   return Layouts(layouts.static, index)
