@@ -1,0 +1,252 @@
+"""What a freeze mask may be, what it may not be, and its algebra."""
+
+import copy
+import pickle
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import strategies
+from hypothesis import given, strategies as st
+
+import maskopt
+from maskopt import _masks, _tree
+
+PARAMS = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "scale": jnp.ones(())}
+WHERE = "maskopt.f(freeze_mask=...)"
+
+
+def full(mask, params):
+  """The mask as full arrays, leaf by leaf."""
+  leaves = _tree.flatten(params).leaves
+  resolved = _masks.resolve(mask, params, WHERE)
+  return [
+    None if m is None else np.broadcast_to(m.mask if isinstance(m, _masks.Runtime) else m, x.shape)
+    for m, x in zip(resolved, leaves, strict=True)
+  ]
+
+
+def same(a, b):
+  return all(x is y or np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+COLUMNS = np.array([True, False, True, False])
+
+
+@pytest.mark.parametrize(
+  ("mask", "kernel"),
+  [
+    (True, np.ones((3, 4), bool)),
+    ({"dense": True, "scale": False}, np.ones((3, 4), bool)),
+    (np.bool_(False), np.zeros((3, 4), bool)),
+    ({"dense": {"kernel": COLUMNS, "bias": COLUMNS}, "scale": True}, np.tile(COLUMNS, (3, 1))),
+    (
+      {"dense": {"kernel": np.array([[1], [0], [1]], bool), "bias": False}, "scale": False},
+      np.tile([[True], [False], [True]], (1, 4)),
+    ),
+    (lambda p: jax.tree.map(lambda x: x.ndim == 2, p), np.ones((3, 4), bool)),
+    (
+      {"dense": {"kernel": jnp.asarray(COLUMNS), "bias": False}, "scale": False},
+      np.tile(COLUMNS, (3, 1)),
+    ),
+  ],
+  ids=["bool", "prefix", "numpy bool", "units", "rows", "function", "runtime"],
+)
+def test_every_form(mask, kernel):
+  bias, got, scale = full(mask, PARAMS)  # JAX sorts keys
+  np.testing.assert_array_equal(got, kernel)
+  assert bias.shape == (4,) and scale.shape == ()
+
+
+def test_a_function_is_called_once_with_the_parameters():
+  calls = []
+
+  def mask(params):
+    calls.append(params)
+    return True
+
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
+  state = tx.init(PARAMS)
+  tx.update(PARAMS, state, PARAMS)
+  tx.update(PARAMS, state, PARAMS)
+  assert len(calls) == 1 and calls[0] is PARAMS
+
+
+def test_none_leaves_pass_through():
+  params = {"a": None, "b": jnp.ones(2)}
+  for mask in ({"a": None, "b": True}, {"a": True, "b": True}, {"b": True}, True):
+    tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["a"] is None
+    assert maskopt.apply_updates(params, updates)["a"] is None
+
+
+def test_integer_leaves_may_be_frozen():
+  params = {"q": jnp.arange(4, dtype=jnp.int8), "key": jax.random.key(0), "w": jnp.ones(2)}
+  grads = {"q": np.zeros(4, jax.dtypes.float0), "key": np.zeros((), jax.dtypes.float0)}
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask={"q": True, "key": True, "w": False})
+  updates, _ = tx.update({**grads, "w": jnp.ones(2)}, tx.init(params), params)
+  after = maskopt.apply_updates(params, updates)
+  assert after["q"].dtype == jnp.int8 and (after["q"] == params["q"]).all()
+  assert after["key"] == params["key"]
+  np.testing.assert_allclose(after["w"], 0.9)
+
+
+# Bad input: where, expected, got and the remedy; several at once in one raise.
+BAD = [
+  ("strings", {"w": "False", "b": True}, TypeError, r"at w, expected bool.* \(3, 4\), got str 'F"),
+  ("floats", {"w": np.ones((3, 4)), "b": 1.0}, TypeError, r"at b, .*float 1.0; at w, .*float64"),
+  ("integers", {"w": 1, "b": np.array([0, 1, 1, 0])}, TypeError, r"at b, .*int64.*; at w, .*int 1"),
+  ("shape", {"w": np.ones(3, bool), "b": True}, ValueError, r"at w, .*\(3, 4\), got bool .*\(3,\)"),
+  ("rank", {"w": True, "b": np.ones((2, 4), bool)}, ValueError, r"at b, .*\(4,\), got .*\(2, 4\)"),
+  ("one", {"w": np.array([[True]]), "b": True}, ValueError, r"at w.*one element on a larger leaf"),
+  ("missing", {"w": True}, ValueError, r"at b, expected a freeze mask, got none"),
+  ("extra", {"w": True, "b": True, "c": True}, ValueError, r"at c, expected a parameter, got none"),
+  ("lists", {"w": [True, False, True], "b": True}, ValueError, r"at w, expected a freeze.*w/0"),
+  ("model", {"x": True, "y": True}, ValueError, r"at b, .*at w, .*at x, .*at y, .*are b, w\."),
+  ("function", lambda p: {"w": 1.0, "b": True}, TypeError, r"at w, .*got float 1.0"),
+  ("prefix", np.ones(4, bool), ValueError, r"at b, expected a bool, for .* to a subtree"),
+  ("count", maskopt.runtime({"w": np.ones((3, 4), bool), "b": np.ones(4, bool)}, 99), ValueError,
+   r"at b, expected a count of trainable elements in \[0, 4\], got 99; at w, .*\[0, 12\], got 99"),
+]  # fmt: skip
+CALLS = {
+  "selective_transform": lambda m, p: maskopt.selective_transform(
+    optax.sgd(0.1), freeze_mask=m
+  ).init(p),
+  "masked_freeze": lambda m, p: maskopt.masked_freeze(m).init(p),
+  "stop_gradient": lambda m, p: maskopt.stop_gradient(p, m),
+  "pack": lambda m, p: maskopt.pack(p, m),
+  "unpack": lambda m, p: maskopt.unpack(p, p, m),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("mask", "kind", "match"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_masks_are_refused(call, mask, kind, match):
+  params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+  before = jax.tree.map(np.array, params)
+  where = rf"`maskopt\.{call}\(freeze_mask=\.\.\.\)`: "
+  with pytest.raises(kind, match=rf"(?s){where}.*{match}.*Build the mask with maskopt.build_mask"):
+    CALLS[call](mask, params)
+  assert all(np.array_equal(before[k], params[k]) for k in params)
+
+
+@pytest.mark.parametrize("call", ["selective_transform", "masked_freeze", "pack"])
+def test_training_an_integer_leaf_is_refused(call):
+  params = {"q": jnp.arange(4), "w": jnp.ones(2)}
+  match = r"at q, expected a float or complex parameter, got int32.* Freeze integer leaves"
+  for mask in (False, {"q": np.array([1, 1, 1, 0], bool), "w": True}):
+    with pytest.raises(TypeError, match=match):
+      CALLS[call](mask, params)
+
+
+@pytest.mark.parametrize("call", ["selective_transform", "masked_freeze", "pack"])
+def test_one_array_at_two_paths_is_refused(call):
+  shared = jnp.ones(2)
+  with pytest.raises(ValueError, match=r"at b, expected an array of its own, got the one.* at a"):
+    CALLS[call](True, {"a": shared, "b": shared})
+
+
+def test_a_count_that_lies_is_refused():
+  mask = maskopt.runtime({"w": np.array([True, False, False])}, count=1)
+  with pytest.raises(ValueError, match=r"at w, expected 1 trainable elements, got a mask with 2"):
+    CALLS["selective_transform"](mask, {"w": jnp.ones(3)})
+
+
+def test_runtime_refuses_what_is_not_boolean():
+  with pytest.raises(
+    TypeError, match=r"`maskopt.runtime\(freeze_mask=...\)`: at w, expected a bool"
+  ):
+    maskopt.runtime({"w": np.ones(3)})
+
+
+def test_a_bare_array_is_the_root():
+  with pytest.raises(ValueError, match=r"at the root, expected bool broadcastable to \(3,\)"):
+    CALLS["pack"](np.ones(4, bool), jnp.ones(3))
+
+
+# Algebra.
+
+
+@given(strategies.problems(), st.data())
+def test_algebra_is_elementwise(problem, data):
+  params, a, full_a = problem
+  drawn = {k: data.draw(strategies.leaf_masks(p.shape)) for k, p in params.items()}
+  b, full_b = ({k: v[i] for k, v in drawn.items()} for i in (0, 1))
+  for op, expected in (
+    (maskopt.union, {k: full_a[k] | full_b[k] for k in params}),
+    (maskopt.intersection, {k: full_a[k] & full_b[k] for k in params}),
+  ):
+    assert same(full(op(a, b), params), expected.values())
+  assert same(full(maskopt.invert(a), params), [~full_a[k] for k in params])
+  # De Morgan, through other objects than those compared above
+  left = maskopt.invert(maskopt.union(a, b))
+  right = maskopt.intersection(maskopt.invert(a), maskopt.invert(b))
+  assert same(full(left, params), full(right, params))
+
+
+def test_algebra_keeps_structure():
+  rows, units = np.array([[True], [False], [True]]), np.array([True, False, True, False])
+  assert maskopt.union({"w": rows}, {"w": ~rows})["w"].shape == (3, 1)
+  assert maskopt.invert({"w": rows})["w"].shape == (3, 1)
+  assert maskopt.union({"w": rows}, {"w": units})["w"].shape == (3, 4)
+  assert maskopt.union({"w": rows}, True) == {"w": True}
+  assert maskopt.intersection({"w": rows}, False) == {"w": False}
+
+
+def test_algebra_accepts_prefixes_functions_and_runtime():
+  fine = {"a": {"w": np.array([True, False]), "b": True}, "c": False}
+  assert maskopt.intersection({"a": True, "c": True}, fine) == maskopt.union(fine, False)
+  later = maskopt.union(lambda p: {"a": True, "c": False}, fine)
+  assert later({}) == {"a": {"w": True, "b": True}, "c": False}
+  assert maskopt.invert(lambda p: {"a": True})({}) == {"a": False}
+  data = maskopt.union(maskopt.runtime({"w": np.array([True, False])}, 1), {"w": np.ones(2, bool)})
+  assert isinstance(data["w"], _masks.Runtime) and data["w"].count is None
+  assert data["w"].mask.tolist() == [True, True]
+  assert maskopt.union({"w": None}, {"w": None}) == {"w": None}
+
+
+def test_algebra_names_the_masks_that_do_not_fit():
+  with pytest.raises(
+    ValueError, match=r"`maskopt.union\(a, b\)`: at w, .*in both.*; at v, .*only one"
+  ):
+    maskopt.union({"w": True}, {"v": True})
+  a, b = {"w": np.ones(3, bool)}, {"w": np.ones(4, bool)}
+  with pytest.raises(
+    ValueError, match=r"at w, expected bools that broadcast together, got bool of"
+  ):
+    maskopt.intersection(a, b)
+
+
+def test_a_billion_elements_cost_kilobytes():
+  params = {"w": jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)}
+  rows = np.ones((2**15, 1), bool)
+  rows[[7, 9_000]] = False
+  rows = {"w": rows}
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=rows)
+  jax.eval_shape(tx.init, params)  # JAX's own caches, once
+  tracemalloc.start()
+  mask = maskopt.union(maskopt.invert(maskopt.invert(rows)), {"w": False})
+  state = jax.eval_shape(tx.init, params)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert mask["w"].shape == (2**15, 1)
+  assert state.inner_state[0].mu["w"].shape == (2, 2**15)
+  assert peak < 2**20, f"{peak:,} bytes"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_masks_survive_pickle_and_deepcopy(clone):
+  mask = {"w": COLUMNS, "r": maskopt.runtime(COLUMNS, 2), "b": True}
+  again = clone(mask)
+  assert again["b"] is True and np.array_equal(again["w"], COLUMNS)
+  assert again["r"].count == 2 and np.array_equal(again["r"].mask, COLUMNS)
+  later = clone(maskopt.union(_everything, {"w": COLUMNS}))
+  assert later({"w": jnp.ones(4)}) == {"w": True}
+
+
+def _everything(params):
+  return jax.tree.map(lambda _: True, params)
