@@ -97,12 +97,13 @@ class Table:
 
     yield Text(self.title, style=_RICH[self.title_style] or "bold")
     if self.rows:
-      rows, _ = self.fitted(width)
+      rows, widths = self.fitted(width)
       lines: dict[str, Any] = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
       table = RichTable(box=box.SIMPLE_HEAD, **lines)
       for i, header in enumerate(self.headers):
         justify = "right" if i in self.right else "left"
-        table.add_column(Text(header), justify=justify, no_wrap=True, overflow="ellipsis")
+        fixed = widths[0] if i == 0 else None
+        table.add_column(Text(header), justify=justify, no_wrap=True, min_width=fixed)
       for row, style in zip(rows, self.styles, strict=True):
         table.add_row(*map(Text, row), style=_RICH[style])
       yield table
@@ -135,29 +136,35 @@ class Shown:
 
 
 def shorten(path: str, width: int) -> str:
-  """Cut the middle out of a long path, whole parts where that fits.
+  """Cut parts out of the middle of a long path, or letters where no parts can go.
 
-  Its last part says what it is and its first ones say where, so these stay the longest.
+  The last part stays, then what tells siblings apart: numbers, the last but one, the first.
   """
   if len(path) <= width:
     return path
   parts = path.split("/")
-  head, tail, sides = 0, 1, [True, False]
-  while sides and head + tail < len(parts) - 1:
-    side = sides.pop(0)
-    longer = (head + side, tail + (not side))
-    if len(_without_middle(parts, *longer)) <= width:
-      head, tail = longer
-      sides.append(side)
-  short = _without_middle(parts, head, tail)
-  if head and len(short) <= width:
+  last = len(parts) - 1
+  numbers = [i for i, part in enumerate(parts) if any(map(str.isdigit, part))]
+  kept = {last}
+  for i in [*numbers, last - 1, 0, *range(last - 2, 0, -1)]:
+    if i >= 0 and len(_with_gaps(parts, kept | {i})) <= width:
+      kept.add(i)
+  short = _with_gaps(parts, kept)
+  if len(kept) > 1 and len(short) <= width:
     return short
-  kept = max(width - 3, 2)
-  return path[: kept // 2] + "..." + path[len(path) - (kept - kept // 2) :]
+  half = max(width - 3, 2) // 2
+  return path[:half] + "..." + path[len(path) - max(width - 3 - half, 1) :]
 
 
-def _without_middle(parts: Sequence[str], head: int, tail: int) -> str:
-  return "/".join([*parts[:head], "...", *parts[len(parts) - tail :]])
+def _with_gaps(parts: Sequence[str], kept: set[int]) -> str:
+  """The kept parts, with dots for each run of others."""
+  shown = []
+  for i, part in enumerate(parts):
+    if i in kept:
+      shown.append(part)
+    elif i == 0 or i - 1 in kept:
+      shown.append("...")
+  return "/".join(shown)
 
 
 def share(part: int, whole: int) -> str:

@@ -66,8 +66,8 @@ def _compared(
     return
   bias_units = _elements.frozen_units(bias, index, _wide_axes(bias.shape))
   kernels = [_elements.frozen_units(kernel, kernel_index, axes) for axes in choices]
-  # A square weight does not say which of its axes counts units: no alarm if either one agrees.
-  if any(np.array_equal(units, bias_units) for units in kernels):
+  # A square weight does not say which of its axes counts units: no alarm if the other one agrees.
+  if any(np.array_equal(units, bias_units) and units.any() for units in kernels[1:]):
     return
   for frozen, trains, which in (
     (kernel_path, path, kernels[0] & ~bias_units),

@@ -139,7 +139,7 @@ class Summary(Shown):
     return notes
 
 
-_HEADERS = ("path", "shape", "dtype", "params", "trainable", "frozen", "layout", "Adam's state")
+_HEADERS = ("path", "shape", "dtype", "params", "trainable", "frozen", "layout", "Adam")
 
 
 def _cells(row: Row, slipped: bool) -> tuple[str, ...]:
@@ -179,11 +179,11 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
     >>> report = maskopt.summary(params, {"kernel": first, "bias": False})
     >>> report
     Summary: 2 leaves
-    path    shape   dtype    params  trainable  frozen  layout  Adam's state
-    ------------------------------------------------------------------------
-    bias    (3,)    float32       3  True !         0%  Full            24 B
-    kernel  (4, 3)  float32      12  partial !   33.3%  Dense           99 B
-    ------------------------------------------------------------------------
+    path    shape   dtype    params  trainable  frozen  layout  Adam
+    ----------------------------------------------------------------
+    bias    (3,)    float32       3  True !         0%  Full    24 B
+    kernel  (4, 3)  float32      12  partial !   33.3%  Dense   99 B
+    ----------------------------------------------------------------
     Parameters: 15
       trainable: 11 (73.3%)
       frozen: 4 (26.7%)
