@@ -65,7 +65,7 @@ def choose(
     dtype: the parameter's dtype.
     platform: "cpu", "gpu", "tpu"; others are treated as "gpu".
     prefer: "memory" packs whenever that is smaller, faster or not; "values" whenever it can.
-    keep_rank: keep every product of index sets a Block, for an optimizer that sees the leaf's shape.
+    keep_rank: keep every product of index sets a Block, for an optimizer that sees leaf shapes.
   """
   shape = tuple(np.shape(leaf))
   extended = jnp.issubdtype(dtype, jax.dtypes.extended)  # PRNG keys, which are always frozen
@@ -97,8 +97,8 @@ def choose(
 def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray] | None:
   """The per-dimension index sets whose product the trainable elements are, or None.
 
-  A set is a product exactly if its size is the product of the sizes of its projections. Works on the
-  mask as it broadcasts, so a row mask of a huge leaf costs its rows.
+  A set is a product exactly if its size is the product of the sizes of its projections. Works on
+  the mask as it broadcasts, so a row mask of a huge leaf costs its rows.
   """
   projections = [
     trainable.any(axis=tuple(k for k in range(trainable.ndim) if k != d))
@@ -184,7 +184,7 @@ def _runtime(mask: Runtime, shape: tuple[int, ...], name: str) -> tuple[Layout, 
 
 
 def positions(frozen: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
-  """Flat positions of the trainable elements, sorted; unused slots lie past the end, still unique."""
+  """Flat positions of the trainable elements, sorted; unused slots lie past the end, unique too."""
   size = math.prod(shape)
   flat = jnp.broadcast_to(~frozen, shape).reshape(-1)
   found = jnp.nonzero(flat, size=count, fill_value=size)[0].astype(jnp.int32)

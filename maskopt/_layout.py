@@ -2,8 +2,9 @@
 
   take(x)[k] = x[trainable[k]]        put(v, x)[i] = v[k] if i == trainable[k] else x[i]
 
-Everything else is built on these two. Both only move data, so what is not addressed keeps its bits. The arrays a layout needs at run time (`index`) are arguments and never
-constants of the program: a captured index array costs seconds of compile time.
+Everything else is built on these two. Both only move data, so what is not addressed keeps its bits.
+The arrays a layout needs at run time (`index`) are arguments and never constants of the program: a
+captured index array costs seconds of compile time.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Slice(Layout):
   """A contiguous block: the values keep the leaf's rank.
 
   `index["start"]` holds the first index of each dimension. It is data on purpose: with a constant
-  start XLA:CPU fuses the update into a loop over the whole leaf (a 64 x 64 block: 2.1 ms, not 0.02).
+  start XLA:CPU fuses the update into a loop over the whole leaf (64 x 64: 2.1 ms and not 0.02).
   """
 
   block: tuple[int, ...] = ()
@@ -207,7 +208,7 @@ def _scatter(scatter: Callable, runs: Any, rows: Any, values: Any, mode: str, **
 class Elements(Layout):
   """Scattered elements: 1-D values at sorted flat positions, `index["flat"]`.
 
-  Positions past the end (a runtime mask that trains fewer than `length`) read zero and write nothing.
+  Positions past the end (a runtime mask that trains fewer than `length`) read zero and write none.
   """
 
   length: int = 0
