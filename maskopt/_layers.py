@@ -155,9 +155,10 @@ def _walk(node: Any, names: _Names, path: str = "", root: bool = False) -> Itera
         yield inside
   elif _is_module(node):
     children = _children(node)
-    if (_calls.is_one_layer(type(node)) and not root) or not any(
-      _holds_module(child) for _, child in children
-    ):
+    # The root is never one layer of the network, if there is anything to count in it.
+    is_one = _calls.is_one_layer(type(node)) and not root
+    inner = any(_holds_module(x) or (root and _is_subtree(x)) for _, x in children)
+    if is_one or not inner:
       yield path
       return
     for name, child in children:
@@ -171,7 +172,11 @@ def _walk(node: Any, names: _Names, path: str = "", root: bool = False) -> Itera
 
 def _is_named_tuple_of_arrays(node: Any) -> bool:
   """Whether a tuple's fields are the parts of one layer and not a row of layers."""
-  return hasattr(node, "_fields") and not _holds_module(node)
+  return hasattr(node, "_fields") and not any(_holds_module(x) or _is_subtree(x) for x in node)
+
+
+def _is_subtree(x: Any) -> bool:
+  return isinstance(x, (Mapping, list, tuple)) and _holds_parameter(x)
 
 
 def _siblings(node: Any, path: str) -> Iterator[str]:
@@ -179,7 +184,7 @@ def _siblings(node: Any, path: str) -> Iterator[str]:
   if _is_variables(node) and not path:
     node = node["params"]
   if not isinstance(node, Mapping) or not node:
-    raise Complaint(*_unordered(path, [path] if path else []))
+    raise Complaint(*_unordered(path, list(getattr(node, "_fields", ()))))
   names = [str(name) for name in node]
   order = _by_number(names)
   if len(names) == 1:

@@ -1,8 +1,10 @@
 import copy
 import functools
 import pickle
+from typing import NamedTuple
 
 import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +215,27 @@ def test_linen_order_is_that_of_the_calls():
   assert got == ["batch_stats/BatchNorm_0", "params/BatchNorm_0"]
 
 
+def test_linen_order_takes_any_method_as_a_call():
+  class Encoder(nn.Module):
+    @nn.compact
+    def encode(self, x):
+      return nn.Dense(3, name="z")(nn.Dense(3, name="a")(x))
+
+  class Coder(nn.Module):
+    def setup(self):
+      self.out = nn.Dense(3)
+      self.embed = nn.Embed(5, 3)
+      self.encoder = Encoder()
+
+    def __call__(self, x):
+      _ = self.embed.embedding  # seen, which sets it up, but not called yet
+      return self.embed.attend(self.out(self.encoder.encode(x)))
+
+  x = jax.ShapeDtypeStruct((1, 3), jnp.float32)
+  params = jax.eval_shape(Coder().init, jax.random.key(0), x)
+  assert layer_paths(params, (Coder(), x)) == ["encoder/a", "encoder/z", "out", "embed"]
+
+
 def test_linen_scan_is_one_layer_for_each_in_its_body():
   class Block(nn.Module):
     @nn.compact
@@ -291,9 +314,27 @@ def test_numbered_siblings_of_a_bare_tree(tree, expected):
   assert layer_paths(tree) == expected
 
 
+class Fields(NamedTuple):
+  z: object
+  a: object
+
+
+@flax.struct.dataclass
+class Struct:
+  z: object
+  a: object
+
+
+@pytest.mark.parametrize("kind", [Fields, Struct])
+def test_fields_are_layers_as_written_if_they_are_subtrees(kind):
+  assert layer_paths(kind({"w": np.ones(2)}, {"w": np.ones(2)})) == ["z", "a"]
+  assert layer_paths([kind(np.ones(2), np.ones(2)), ()]) == ["0", "1"]
+
+
 @pytest.mark.parametrize(
   "tree",
   [
+    Fields(np.ones(2), np.ones(2)),
     {"conv": {"w": 1.0}, "dense": {"w": 1.0}},
     {"conv_0": {"w": 1.0}, "dense_0": {"w": 1.0}},
     {"dense_1": {"w": 1.0}, "dense1": {"w": 1.0}},
