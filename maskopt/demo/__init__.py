@@ -1,0 +1,27 @@
+"""Demonstrations on real data: `maskopt demo NAME`; one module, one command each."""
+
+from __future__ import annotations
+
+import typer
+from typer.core import TyperGroup
+
+from .digits import digits as digits
+
+
+class _MainByDefault(TyperGroup):
+  """`maskopt demo --steps 100` is `maskopt demo digits --steps 100`."""
+
+  def parse_args(self, ctx, args):
+    asks_help = bool(args) and args[0] in ctx.help_option_names
+    if not asks_help and (not args or args[0].startswith("-")):
+      args = [digits.__name__, *args]
+    return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+  cls=_MainByDefault,
+  help="Run a demonstration on real data; without a name, `digits`.",
+  rich_markup_mode="markdown",
+)
+# The name of a demonstration is its function's, with hyphens.
+app.command()(digits)
