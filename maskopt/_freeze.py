@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _layout, _masks, _masters, _packing, _provenance, _remask, _tree
+from . import _journal, _layout, _masks, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
@@ -32,14 +32,15 @@ class SelectiveState(NamedTuple):
   """State of `selective_transform`.
 
   Attributes:
-    inner_state: the inner optimizer's state over packed values.
     layouts: the freeze mask as it works; `maskopt.mask_of` finds it.
+    inner_state: the inner optimizer's state over packed values.
     masters: packed values in the master dtype where that is wider than the parameter, else
       `optax.MaskedNode`; None without `master_dtype`.
   """
 
-  inner_state: Any
+  # First, so that whoever restores a state field by field meets the mask before its arrays.
   layouts: Any
+  inner_state: Any
   masters: Any
 
 
@@ -157,12 +158,12 @@ def selective_transform(
 
   def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
-      return SelectiveState(inner.init(params), _UNKNOWN, None if master_dtype is None else params)
+      return SelectiveState(_UNKNOWN, inner.init(params), None if master_dtype is None else params)
     params = _tree.parameters(params)
     layouts = owner.layouts(params)
     values = layouts.take(params, where)
     masters = _masters.create(values, master_dtype)
-    return SelectiveState(inner.init(_masters.over(masters, values)), layouts, masters)
+    return SelectiveState(layouts, inner.init(_masters.over(masters, values)), masters)
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     next_mask = extra.pop("freeze_mask", None)
@@ -171,6 +172,8 @@ def selective_transform(
     if next_mask is not None:
       state = _remask.remasked(inner, state, next_mask, params, where)
     layouts = state.layouts
+    flat = layouts.flat(updates, where)
+    _journal.write(lambda: _received(layouts, flat))
     values = None if params is None else layouts.take(params, where)
     masters = _masters.follow(state.masters, values)
     packed, inner_state = inner.update(
@@ -180,10 +183,21 @@ def selective_transform(
       **{k: _packed_argument(v, layouts, params, where) for k, v in extra.items()},
     )
     masters, targets = _masters.step(masters, packed, values)
-    full = layouts.map(_outgoing, layouts.flat(updates, where), packed, targets)
+    full = layouts.map(_outgoing, flat, packed, targets)
     return full, state._replace(inner_state=inner_state, masters=masters)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _received(layouts: Layouts, flat: _tree.Flat) -> Iterator[_journal.Received]:
+  """For each gradient, whether its packed values came along."""
+  static = layouts.static
+  for path, layout, leaf, index in zip(
+    static.paths, static.layouts, flat.leaves, layouts.index, strict=True
+  ):
+    if layout is not None:
+      packed = _packing.came_packed(leaf, layout, index)
+      yield _journal.Received(path, layout.kind, packed)
 
 
 def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -293,18 +307,20 @@ def apply_updates(params: chex.ArrayTree, updates: chex.ArrayTree) -> chex.Array
   ]
   if problems:
     fail(where, problems, "Give the updates that the transformation returned for these parameters.")
-  return flat.unflatten([_applied(p, u) for p, u in zip(flat.leaves, given.leaves, strict=True)])
+  new = [
+    _applied(p, u, path) for path, p, u in zip(flat.paths, flat.leaves, given.leaves, strict=True)
+  ]
+  return flat.unflatten(new)
 
 
-def _applied(p: Any, u: Any) -> Any:
-  if is_packed(u):
-    return u.__radd__(p)
-  if _tree.is_hole(p) or _tree.is_hole(u) or getattr(u, "dtype", None) == jax.dtypes.float0:
+def _applied(p: Any, u: Any, path: str) -> Any:
+  if _tree.is_hole(p) or (not is_packed(u) and _tree.is_hole(u)):
     return p
-  record = _provenance.made_of.recall(u)
-  if record is not None and record.layout.shape == np.shape(p):
+  record = u.record if is_packed(u) else _provenance.made_of.recall(u)
+  _journal.write(lambda: [_journal.Applied(path, record is not None)])
+  if record is not None:
     return applied(p, record)
-  return _layout.added(jnp.asarray(p), jnp.asarray(u))
+  return _layout.added(jnp.asarray(p), jnp.asarray(_journal.marked(u, path)))
 
 
 def mask_of(state: Any) -> Layouts:

@@ -13,7 +13,7 @@ import optax
 from . import _coupling, _masks, _packing
 from ._choice import Prefer
 from ._errors import Problem, fail
-from ._layout import Dense, Elements
+from ._layout import Dense, Elements, Layout
 from ._masks import FreezeMask
 from ._packing import Layouts
 
@@ -87,9 +87,14 @@ class Owner:
       ours = self._analysed(_packing.abstract(static)).static
       if ours != static:
         problems = [
-          Problem(path, f"a state that trains {_packing.trains(a)}", _packing.trains(b))
+          Problem(path, f"a state that trains {_packing.trains(a)}", _other(a, b))
           for path, a, b in zip(static.paths, ours.layouts, static.layouts, strict=True)
           if a is not None and b is not None and a != b
         ]
         fail(self._where, problems, "The state belongs to another mask: call init again.")
     self._mine.add(static.digest)
+
+
+def _other(ours: Layout, theirs: Layout) -> str:
+  """What another layout trains; the same number of other elements is worth a word."""
+  return _packing.trains(theirs) + (" others" if ours.count == theirs.count else "")

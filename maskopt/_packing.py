@@ -156,6 +156,12 @@ class Layouts:
     return flat.unflatten(leaves)
 
 
+def came_packed(leaf: Any, layout: Layout, index: Index) -> bool:
+  """Whether a leaf's packed values are at hand, so that nothing dense needs to exist."""
+  record = _provenance.made_of.recall(leaf)
+  return is_packed(leaf) or (record is not None and record.stands_for(layout, index))
+
+
 def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
   record = _provenance.made_of.recall(leaf)
   if record is not None and record.stands_for(layout, index):
@@ -215,7 +221,7 @@ def layouts_of(
   if isinstance(freeze_mask, Layouts):
     freeze_mask.flat(params, where)
     return freeze_mask
-  flat = _tree.flatten(params)
+  flat = params if isinstance(params, _tree.Flat) else _tree.flatten(params)
   masks = _masks.resolve(
     freeze_mask, flat if not _masks.is_function(freeze_mask) else params, where
   )
