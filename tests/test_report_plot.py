@@ -189,7 +189,7 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
     maskopt.plot(params(), MASK)
 
 
-def test_reports_print_without_matplotlib_and_our_part_of_rich():
+def test_reports_print_without_matplotlib():
   code = "import sys; sys.modules['matplotlib'] = None; import maskopt; "
   code += "print(maskopt.summary({'w': 1.0})); assert 'maskopt.report._plot' in sys.modules"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

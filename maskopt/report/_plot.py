@@ -176,7 +176,7 @@ def _bar(figure: Any, ink: Any, axes: list[Any], rows: int) -> Any:
   """A colour bar two panels high at most, at the top."""
   height = min(1.0, 2.0 / rows)
   bar = figure.colorbar(ink, ax=axes, shrink=0.85 * height, aspect=18, anchor=(0.0, 1.0))
-  bar.ax.tick_params(labelsize=8)
+  bar.ax.tick_params(labelsize=8, which="both")
   return bar
 
 
