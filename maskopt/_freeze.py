@@ -339,7 +339,8 @@ def mask_of(state: Any) -> Layouts:
     >>> maskopt.mask_of(tx.init({"w": jnp.ones(3)})).freeze_mask
     {'w': True}
   """
-  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts))
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts) or hasattr(x, "joined"))
+  nodes = [x.joined() if hasattr(x, "joined") else x for x in nodes]
   found = {x.static: x for x in nodes if isinstance(x, Layouts)}
   if len(found) != 1:
     problem = Problem("", "a state with one freeze mask", f"one with {len(found)}")

@@ -24,6 +24,11 @@ from ._errors import Problem, describe, fail, show
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
+_REMEDIES = {
+  "a freeze mask": _BUILD,
+  "a multiplier": "Build the tree with maskopt.build_multipliers.",
+  "a label": "Give each parameter or subtree a label, or labels that broadcast to it.",
+}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["mask"], meta_fields=["count"])
@@ -158,7 +163,7 @@ def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Proble
 
 
 def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
-  build = _BUILD if what == "a freeze mask" else "Build the tree with maskopt.build_multipliers."
+  build = _REMEDIES[what]
   if all(p.expected in ("a parameter", what) for p in problems):
     shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
     return f"The parameters are {shown}. {build}"

@@ -106,7 +106,13 @@ def _scaled(update: Any, factor: Any, path: str) -> Any:
     return update
   spread = jnp.broadcast_to(factor, record.layout.shape) if factor.ndim else factor
   chosen = record.layout.take(spread, record.index) if factor.ndim else factor
-  record = Record(record.layout, record.index, _times(record.values, chosen))
+  if isinstance(record.values, tuple):  # the parts of several optimizers
+    parts = chosen if factor.ndim else (chosen,) * len(record.values)
+    pairs = zip(record.values, parts, strict=True)
+    values = type(record.values)(_times(v, c) for v, c in pairs)
+  else:
+    values = _times(record.values, chosen)
+  record = Record(record.layout, record.index, values)
   if is_packed(update):
     return Packed(record.values, record.layout, index=record.index)
   return _packing.dense(record, update.dtype)

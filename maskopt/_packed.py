@@ -79,7 +79,7 @@ def applied(p: Any, record: Record) -> Any:
     return p
   p = jnp.asarray(p)
   if record.sets:
-    return layout.put(record.values.astype(p.dtype), p, index)
+    return layout.put(record.values, p, index)
   return layout.add(record.values, p, index)
 
 

@@ -205,7 +205,7 @@ def _frozen(layout: Layout, index: Index) -> Any:
     return isinstance(layout, Frozen)
   if isinstance(layout, Dense):
     return jnp.broadcast_to(index["frozen"], layout.shape)
-  ones = jnp.ones(layout.packed_shape, jnp.uint8)
+  ones = layout.take(jnp.ones(layout.shape, jnp.uint8), index)
   return layout.put(ones, jnp.zeros(layout.shape, jnp.uint8), index) == 0
 
 

@@ -1,0 +1,123 @@
+"""One leaf in several parts, each laid out by itself: what several optimizers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _layout
+from ._layout import Frozen, Full, Index, Layout
+from ._packing import Layouts, Static
+
+
+@jax.tree_util.register_pytree_node_class
+class Parts(tuple):
+  """The values of one leaf in several parts; a pytree."""
+
+  __slots__ = ()
+
+  @property
+  def dtype(self) -> Any:
+    """The widest dtype among the parts."""
+    return functools.reduce(jnp.promote_types, (jnp.result_type(x) for x in self))
+
+  def tree_flatten(self):
+    return tuple(self), None
+
+  @classmethod
+  def tree_unflatten(cls, aux, children):
+    del aux
+    return cls(children)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint(Layout):
+  """Disjoint parts of one leaf; the values are `Parts` with one entry for each.
+
+    put((v, w), x) = put_w(w, put_v(v, x))
+
+  Part k keeps its arrays in `index[str(k)]`. The entries are never joined in one array: each stays
+  as its own optimizer stores it.
+  """
+
+  parts: tuple[Layout, ...] = ()
+
+  @property
+  def packed_shape(self) -> tuple[int, ...]:
+    return (sum(math.prod(part.packed_shape or (0,)) for part in self.parts),)
+
+  @property
+  def count(self) -> int | None:
+    counts = [part.count for part in self.parts]
+    return None if None in counts else sum(n or 0 for n in counts)
+
+  def take(self, x: Any, index: Index) -> Any:
+    return Parts(part.take(x, index[str(k)]) for k, part in enumerate(self.parts))
+
+  def put(self, values: Any, x: Any, index: Index) -> Any:
+    for k, part in enumerate(self.parts):
+      x = part.put(values[k], x, index[str(k)])
+    return x
+
+  def add(self, values: Any, x: Any, index: Index) -> Any:
+    for k, part in enumerate(self.parts):
+      x = part.add(values[k], x, index[str(k)])
+    return x
+
+
+def joint(parts: Sequence[Layout]) -> Layout:
+  """The layout of disjoint parts; a lone part is its own."""
+  if len(parts) == 1:
+    return parts[0]
+  known = all(part.digest for part in parts)
+  few = all(part.blocks for part in parts)
+  return Joint(
+    parts[0].shape,
+    parts[0].dtype,
+    _layout.digest(*(part.digest for part in parts)) if known else "",
+    tuple(block for part in parts for block in part.blocks) if few else (),
+    tuple(parts),
+  )
+
+
+def joint_index(index: Sequence[Index]) -> Index:
+  """The arrays of `joint(parts)`."""
+  return index[0] if len(index) == 1 else {str(k): i for k, i in enumerate(index)}
+
+
+def joined(members: Sequence[Layouts]) -> Layouts:
+  """The layouts of everything that any member trains; no element may train in two of them."""
+  static = _static(tuple(m.static for m in members))
+  index: list[Index] = []
+  for k, layout in enumerate(static.layouts):
+    found = [m.index[k] for m in members if trains(m.static.layouts[k])]
+    index.append(joint_index(found) if trains(layout) and not isinstance(layout, Full) else {})
+  return Layouts(static, index)
+
+
+# Eager updates ask at every step, of the same masks.
+@functools.lru_cache(maxsize=256)
+def _static(members: tuple[Static, ...]) -> Static:
+  layouts = [_union(found) for found in zip(*(m.layouts for m in members), strict=True)]
+  return Static.of(members[0].paths, layouts)
+
+
+def _union(found: Sequence[Layout | None]) -> Layout | None:
+  """What together the members train of one leaf, as a gradient should deliver it."""
+  parts = [layout for layout in found if layout is not None and trains(layout)]
+  if not parts:
+    return found[0]
+  whole = joint(parts)
+  # Parts that leave nothing out need the plain gradient, which each of them can read.
+  return Full(whole.shape, whole.dtype) if whole.count == whole.size else whole
+
+
+def trains(layout: Layout | None) -> bool:
+  """Whether a leaf has packed values at all."""
+  return layout is not None and not isinstance(layout, Frozen)
