@@ -9,6 +9,7 @@ from ._freeze import (
   stop_gradient as stop_gradient,
 )
 from ._multiplier import scale_by_multiplier as scale_by_multiplier
+from ._partition import partition as partition
 
 # Gradients of what trains
 from ._grad import grad as grad, value_and_grad as value_and_grad
