@@ -12,6 +12,7 @@ from ._multiplier import scale_by_multiplier as scale_by_multiplier
 from ._partition import partition as partition
 
 # Gradients of what trains
+from ._explain import explain as explain
 from ._grad import grad as grad, value_and_grad as value_and_grad
 
 # Masks

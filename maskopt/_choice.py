@@ -78,7 +78,7 @@ def choose(
   dims = index_sets(trainable, shape)
   if dims is not None and all(len(d) == n for d, n in zip(dims, shape, strict=True)):
     return Full(shape, name), {}
-  if dims is not None and any(len(d) == 0 for d in dims):
+  if not trainable.any():
     return Frozen(shape, name), {}
   limits = _LIMITS.get(platform, _LIMITS["gpu"])
   share = np.count_nonzero(trainable) / trainable.size

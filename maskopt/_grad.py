@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from . import _packing, _provenance, _slicer, _tree
+from . import _journal, _packing, _provenance, _slicer, _tree
 from ._errors import Problem, fail
-from ._layout import Block, Dense, Frozen, Full, Index, Layout, Slice
+from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
 from ._packing import Layouts
 from ._provenance import Record
+from ._slicer._sampled import SAMPLE_BELOW
 
 
 def value_and_grad(
@@ -73,7 +74,7 @@ def value_and_grad(
     (2.0, [[0.0, 2.0], [0.0, 2.0]])
   """
   where = "maskopt.grad(freeze_mask=...)"
-  jax_options = {
+  jax_options: dict[str, Any] = {
     "has_aux": has_aux,
     "holomorphic": holomorphic,
     "allow_int": allow_int,
@@ -90,8 +91,14 @@ def value_and_grad(
     def of_trained(trained: list[Any]) -> Any:
       return fun(*with_params(split.merged(trained)), **kwargs)
 
+    def of_all(leaves: list[Any]) -> Any:
+      return fun(*with_params(flat.unflatten(leaves)), **kwargs)
+
     differentiated = jax.value_and_grad(of_trained, **jax_options)
-    value, gradients = _evaluate(differentiated, split)
+    jax_options["allow_int"] = True
+    whole = jax.value_and_grad(of_all, **jax_options)
+    value, gradients, plan = _evaluate(differentiated, split)
+    _journal.write(lambda: [_note(whole, split, differentiated, plan)])
     leaves = [
       leaf if layout is None else _presented(g, leaf, layout, index, packed)
       for g, leaf, layout, index in zip(
@@ -211,8 +218,8 @@ class _Split:
   @property
   def demands(self) -> list[Any]:
     """What the gradient of each trained leaf is wanted for."""
-    pairs = zip(self.layouts.static.layouts, self._trains, strict=True)
-    return [_demand(layout) for layout, trains in pairs if trains and layout]
+    triples = zip(self.layouts.static.layouts, self.layouts.index, self._trains, strict=True)
+    return [_demand(layout, index) for layout, index, trains in triples if trains and layout]
 
   def merged(self, trained: list[Any]) -> Any:
     """The whole argument with other trained leaves."""
@@ -226,17 +233,28 @@ class _Split:
     return [next(new) if trains else None for trains in self._trains]
 
 
-def _demand(layout: Layout) -> Any:
+def _demand(layout: Layout, index: Index) -> Any:
   if layout.blocks:
     return tuple(_slicer.region(layout.shape, *sets) for sets in layout.blocks)
+  if _is_sampled(layout):
+    # The unused slots of a runtime mask lie past the end; `_values` zeroes what they read.
+    return _slicer.Sampled(jnp.minimum(index["flat"], layout.size - 1))
   return _slicer.ALL
 
 
-def _evaluate(differentiated: Callable[..., Any], split: _Split) -> tuple[Any, list[Any]]:
-  """The value with its aux, and for each trained leaf what was demanded of its gradient."""
+def _is_sampled(layout: Layout) -> bool:
+  """Whether so few scattered elements train that a sampled product can pay."""
+  densest = max(density for _, density in SAMPLE_BELOW)
+  return isinstance(layout, Elements) and layout.length < densest * layout.size
+
+
+def _evaluate(
+  differentiated: Callable[..., Any], split: _Split
+) -> tuple[Any, list[Any], _slicer.Plan | None]:
+  """The value with its aux, each trained leaf's gradient as demanded, and the plan if any."""
   demands = split.demands
   if all(demand is _slicer.ALL for demand in demands):
-    return differentiated(split.trained)
+    return *differentiated(split.trained), None
   static: list[Any] = []
 
   def traced(trained: list[Any]) -> Any:
@@ -257,7 +275,22 @@ def _evaluate(differentiated: Callable[..., Any], split: _Split) -> tuple[Any, l
   outputs = plan.emit(closed.consts, split.trained)
   values = iter(outputs[:count])
   value = treedef.unflatten([next(values) if x is None else x for x in others])
-  return value, outputs[count:]
+  return value, outputs[count:], plan
+
+
+def _note(
+  whole: Callable[..., Any],
+  split: _Split,
+  differentiated: Callable[..., Any],
+  plan: _slicer.Plan | None,
+) -> _journal.Gradient:
+  """What this gradient costs, and what it would have cost JAX."""
+  full = _slicer.count_flops(jax.make_jaxpr(whole)(split.flat.leaves))
+  if plan is None:
+    sliced = _slicer.count_flops(jax.make_jaxpr(differentiated)(split.trained))
+    return _journal.Gradient(full, sliced, (), split.layouts)
+  report = plan.report
+  return _journal.Gradient(full, report.flops_sliced, tuple(report.stops), split.layouts)
 
 
 def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) -> Any:
@@ -274,13 +307,15 @@ def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) ->
     zeros = jnp.zeros(layout.shape, values.dtype)
     record = Record(layout, index, values)
     full = _provenance.made_of.remember(layout.put(values, zeros, index), record)
-  return full if layout.blocks else _provenance.unmasked.remember(full, g)
+  whole = not layout.blocks and not _is_sampled(layout)
+  return _provenance.unmasked.remember(full, g) if whole else full
 
 
 def _values(g: Any, layout: Layout, index: Index) -> Any:
   """The packed values, of what was demanded by `_demand`."""
   if not layout.blocks:
-    return layout.take(g, index)
+    sampled = _is_sampled(layout)
+    return jnp.where(index["flat"] < layout.size, g, 0) if sampled else layout.take(g, index)
   if isinstance(layout, (Block, Slice)):
     return g[0]
   whole = jnp.zeros(layout.shape, g[0].dtype)
