@@ -11,3 +11,4 @@ from ._plan import (
   slice_program as slice_program,
 )
 from ._region import Region as Region, region as region
+from ._sampled import Sampled as Sampled

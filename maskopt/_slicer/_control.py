@@ -16,7 +16,8 @@ from jax.extend import core
 
 from . import _region as rg
 from ._region import Demand, Region, full
-from ._rule import Blocks, Equation, Step, opened, shape_of, whole
+from ._rule import Blocks, Equation, Picks, Step, opened, shape_of, whole
+from ._shard_map import shard_map
 
 Demands: TypeAlias = tuple[Demand, ...]
 Planner: TypeAlias = Callable[[core.Jaxpr, Demands], Any]  # the analysis, handed in by it
@@ -38,8 +39,8 @@ def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   jaxpr, consts = opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
   plan = planner(jaxpr, outs)
 
-  def sliced(operands: list[list[Any]]) -> list[list[Any]]:
-    return plan.emit(consts, _paired(plan.ins, operands))
+  def sliced(operands: list[list[Any]], picks: Picks) -> list[list[Any]]:
+    return plan.emit(consts, _paired(plan.ins, operands), picks)
 
   sliced.__name__ = eqn.params.get("name", eqn.primitive.name)
   if len(plan.steps) > MAX_INLINE:
@@ -48,7 +49,7 @@ def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
     emit = plan.compiled
   else:
     emit = sliced
-  return Step(eqn, plan.ins, lambda operands: _paired(outs, emit(operands)), plans=[plan])
+  return Step(eqn, plan.ins, lambda ops, picks: _paired(outs, emit(ops, picks)), plans=[plan])
 
 
 def jit(eqn: Equation, outs: Demands, planner: Planner) -> Step | None:
@@ -67,7 +68,7 @@ def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   if not (eqn.params.get("differentiated") and prevent):
     return step
   inner = step.run
-  return step._replace(run=lambda operands: inner(lax.optimization_barrier(operands)))
+  return step._replace(run=lambda ops, picks: inner(lax.optimization_barrier(ops), picks))
 
 
 def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:
@@ -78,9 +79,9 @@ def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   for k, v in enumerate(eqn.invars[1:]):
     reads.append(rg.join_all((r for p in plans for r in p.ins[k]), shape_of(v)))
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     def branch(plan: Any, consts: Any) -> Callable[..., Any]:
-      return lambda operands: plan.emit(consts, _paired(tuple(reads), operands))
+      return lambda operands: plan.emit(consts, _paired(tuple(reads), operands), picks)
 
     functions = [branch(p, consts) for p, (_, consts) in zip(plans, branches, strict=True)]
     return _paired(outs, lax.switch(operands[0][0], functions, operands[1:]))
@@ -101,7 +102,7 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   shapes = [shape_of(v) for v in jaxpr.invars]
   carry = tuple(rg.one(d, s) for d, s in zip(outs[: p["num_carry"]], shapes[first:split]))  # noqa: B905
   stacked = tuple(
-    rg.join_all((Region(r[1:]) for r in d), shape_of(v)[1:])
+    rg.join_all((Region(r[1:]) for r in rg.without_picks(d, len(shape_of(v)))), shape_of(v)[1:])
     for d, v in zip(outs[p["num_carry"] :], eqn.outvars[p["num_carry"] :], strict=True)
   )
   while True:
@@ -110,15 +111,18 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
     if grown == carry:
       break
     carry = grown
-  reads = plan.ins[:first] + carry + plan.ins[split:]
-  rows = tuple(tuple(Region((None, *r)) for r in d) for d in plan.ins[split:])
+  inner = [
+    rg.without_picks(d, len(s)) for d, s in zip(plan.ins[split:], shapes[split:], strict=True)
+  ]
+  reads = plan.ins[:first] + carry + tuple(inner)
+  rows = tuple(tuple(Region((None, *r)) for r in d) for d in inner)
   stacked_out = tuple(tuple(Region((None, *r)) for r in d) for d in stacked)
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     constants = operands[:first]
 
     def body(state: Any, xs: Any) -> Any:
-      blocks = plan.emit(consts, _paired(reads, [*constants, *state, *xs]))
+      blocks = plan.emit(consts, _paired(reads, [*constants, *state, *xs]), picks)
       return blocks[: len(carry)], blocks[len(carry) :]
 
     final, ys = lax.scan(
@@ -147,14 +151,14 @@ def while_(eqn: Equation, outs: Demands, planner: Planner) -> Step:
     carry = grown
   reads, test_reads = plan.ins[:n_body] + carry, test_plan.ins[:n_test] + carry
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     of_test, of_body = operands[:n_test], operands[n_test : n_test + n_body]
 
     def go_on(state: Any) -> Any:
-      return test_plan.emit(test_consts, _paired(test_reads, [*of_test, *state]))[0][0]
+      return test_plan.emit(test_consts, _paired(test_reads, [*of_test, *state]), picks)[0][0]
 
     def advance(state: Any) -> Any:
-      return plan.emit(body_consts, _paired(reads, [*of_body, *state]))
+      return plan.emit(body_consts, _paired(reads, [*of_body, *state]), picks)
 
     final = lax.while_loop(go_on, advance, operands[n_test + n_body :])
     return _paired(carry, final)
@@ -174,5 +178,6 @@ CALLS: dict[str, CallRule] = {
   "remat": remat,
   "cond": cond,
   "scan": scan,
+  "shard_map": shard_map,
   "while": while_,
 }

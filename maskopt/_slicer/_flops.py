@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.extend import core
 
-from ._rule import Equation, is_closed, is_literal, opened, shape_of
+from ._rule import Equation, has_side_effects, is_closed, is_literal, opened, shape_of
 
 
 def count_flops(jaxpr: Any, wanted: Sequence[bool] | None = None) -> int:
@@ -37,7 +37,7 @@ def _live(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
   total = 0
   for eqn in reversed(jaxpr.eqns):
     outs = [v in needed for v in eqn.outvars]
-    if not any(outs) and not eqn.effects:
+    if not any(outs) and not has_side_effects(eqn):
       continue
     flops, reads = _equation(eqn, outs)
     total += flops
@@ -62,7 +62,7 @@ def _equation(eqn: Equation, outs: list[bool]) -> tuple[int, list[bool]]:
     return max(f for f, _ in counted), [True, *reads]
   inner = [j for value in p.values() for j in _jaxprs(value)]
   same = len(inner) == 1 and len(opened(inner[0])[0].invars) == len(eqn.invars)
-  if same and len(opened(inner[0])[0].outvars) == len(outs) and not eqn.effects:
+  if same and len(opened(inner[0])[0].outvars) == len(outs) and not has_side_effects(eqn):
     return _live(opened(inner[0])[0], outs)
   return sum(count_flops(j) for j in inner), everything
 

@@ -24,16 +24,19 @@ from . import (
   _rules_reduce as _rules_reduce,
   _rules_reshape as _rules_reshape,
   _rules_shape as _rules_shape,
+  _sampled,
 )
-from ._region import Demand, Region, full
+from ._region import Demand, Pick, Region, Wanted, full
 from ._rule import (
   RULES,
   Blocks,
   Equation,
+  Picks,
   Piece,
   Step,
   bind,
   context_of,
+  has_side_effects,
   is_literal,
   shape_of,
   whole,
@@ -50,7 +53,13 @@ class Environment(dict[Any, Blocks]):
   def write(self, v: Any, blocks: Blocks) -> None:
     self.setdefault(v, []).extend(blocks)
 
-  def read(self, v: Any, wanted: Region) -> Any:
+  def __init__(self, picks: Picks):
+    super().__init__()
+    self.picks = picks
+
+  def read(self, v: Any, wanted: Wanted) -> Any:
+    if isinstance(wanted, Pick):
+      return self._read_pick(v, wanted)
     if is_literal(v):
       return v.val if wanted.is_full else take(v.val, full(len(wanted)), wanted)
     blocks = self[v]
@@ -58,11 +67,20 @@ class Environment(dict[Any, Blocks]):
       if have == wanted:
         return block
     for have, block in blocks:
-      if rg.covers(have, wanted):
+      if isinstance(have, Region) and rg.covers(have, wanted):
         part = take(block, have, wanted)
         blocks.append((wanted, part))  # the next reader of the same region shares it
         return part
     raise AssertionError(f"{wanted} of {v} was never demanded")
+
+  def _read_pick(self, v: Any, pick: Pick) -> Any:
+    blocks = [] if is_literal(v) else self[v]
+    for have, block in blocks:
+      if have == pick:
+        return block
+    part = _sampled.read(self.read(v, whole(v)[0]), pick, self.picks)
+    blocks.append((pick, part))
+    return part
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,16 +104,19 @@ class JaxprPlan:
   stops: Counter[Stop]
   compiled: Callable[..., Any] | None = None  # set by whoever calls the plan as one function
 
-  def emit(self, consts: Sequence[Any], values: Sequence[Blocks]) -> list[list[Any]]:
+  def emit(
+    self, consts: Sequence[Any], values: Sequence[Blocks], picks: Picks = ()
+  ) -> list[list[Any]]:
     """Evaluate the plan.
 
     Args:
       consts: one array per constant of the jaxpr.
       values: per input, blocks that cover `ins`.
+      picks: the index arrays that picks refer to.
     Returns:
       Per output, one block per demanded region.
     """
-    env = Environment()
+    env = Environment(picks)
     for v, const in zip(self.jaxpr.constvars, consts, strict=True):
       env.write(v, [(full(len(shape_of(v))), const)])
     for v, blocks in zip(self.jaxpr.invars, values, strict=True):
@@ -104,7 +125,7 @@ class JaxprPlan:
       with context_of(step.eqn):
         pairs = zip(step.eqn.invars, step.ins, strict=True)
         operands = [[env.read(v, r) for r in regions] for v, regions in pairs]
-        results = step.run(operands)
+        results = step.run(operands, picks)
       for v, blocks in zip(step.eqn.outvars, results, strict=True):
         env.write(v, blocks)
       for v in last:
@@ -133,7 +154,7 @@ class Analysis:
     stops: Counter[Stop] = Counter()
     for eqn in reversed(jaxpr.eqns):
       outs = tuple(wanted.get(v, ()) for v in eqn.outvars)
-      if not any(outs) and not eqn.effects:
+      if not any(outs) and not has_side_effects(eqn):
         continue
       step = self._step(eqn, outs, stops)
       steps.append(step)
@@ -143,8 +164,9 @@ class Analysis:
     return JaxprPlan(jaxpr, demands, ins, steps[::-1], _last_reads(jaxpr, steps), stops)
 
   def _step(self, eqn: Equation, outs: Demands, stops: Counter[Stop]) -> Step:
+    outs = _passable(eqn, outs)
     is_partial = any(not r.is_full for regions in outs for r in regions)
-    if eqn.effects:
+    if has_side_effects(eqn):
       return _whole(eqn)
     name = eqn.primitive.name
     if name in _control.CALLS:
@@ -164,6 +186,18 @@ class Analysis:
     return step
 
 
+def _passable(eqn: Equation, outs: Demands) -> Demands:
+  """The demands with picks widened where the equation has no rule to pass them on."""
+  if not any(isinstance(r, Pick) for d in outs for r in d):
+    return outs
+  name = eqn.primitive.name
+  if name in _sampled.TRANSPARENT or name in _sampled.PICKED:
+    return outs
+  return tuple(
+    rg.without_picks(d, len(shape_of(v))) for d, v in zip(outs, eqn.outvars, strict=True)
+  )
+
+
 def _want(wanted: dict[Any, Demand], v: Any, regions: Demand) -> None:
   """Join regions to what is wanted of a variable; dimensions sharded explicitly stay whole."""
   if not regions or is_literal(v):
@@ -171,7 +205,9 @@ def _want(wanted: dict[Any, Demand], v: Any, regions: Demand) -> None:
   shape, old = shape_of(v), wanted.get(v, ())
   spec = explicit_spec(v.aval)
   for r in regions:
-    if spec is not None:
+    if spec is not None and isinstance(r, Pick):
+      r = full(len(shape))
+    elif spec is not None:
       r = Region(None if s is not None else d for s, d in zip(spec, r, strict=True))
     old = rg.join(old, r, shape)
   wanted[v] = old
@@ -199,7 +235,8 @@ def _is_shorter(plan: JaxprPlan) -> bool:
 def _whole(eqn: Equation, stopped: str | None = None) -> Step:
   """Compute the equation as JAX would; readers slice what they want."""
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
     out = bind(eqn, *[blocks[0] for blocks in operands])
     out = out if eqn.primitive.multiple_results else [out]
     return [[(r, x) for r in whole(v)] for v, x in zip(eqn.outvars, out, strict=True)]
@@ -215,18 +252,21 @@ def _by_rule(eqn: Equation, outs: Demands) -> Step:
     return _whole(eqn, "no rule for this primitive")
   pieces: list[Piece] = []
   for r in outs[0]:
-    piece = RULES[name](eqn, r)
+    piece = _sampled.PICKED[name](eqn, r) if isinstance(r, Pick) else RULES[name](eqn, r)
+    if piece is None and isinstance(r, Pick):
+      return _by_rule(eqn, (whole(eqn.outvars[0]),))
     if piece is None:
       return _whole(eqn, "this demand has no rule")
     pieces.append(piece)
   reads = [[p.ins[k] for p in pieces] for k in range(len(eqn.invars))]
   ins = [tuple(r for r in column if r is not None) for column in reads]
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     queues = [iter(blocks) for blocks in operands]
     out: Blocks = []
     for wanted, p in zip(outs[0], pieces, strict=True):
       args = [None if r is None else next(q) for r, q in zip(p.ins, queues, strict=True)]
+      args = [picks, *args] if p.needs_picks else args
       out.append((wanted if p.got is None else p.got, p.emit(*args)))
     return [out]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -16,8 +17,9 @@ from jax.extend import core
 from . import _region as rg
 from ._flops import count_flops
 from ._interpret import Analysis, JaxprPlan
-from ._region import Region, full
-from ._rule import shape_of
+from ._region import Demand, Pick, Region, full
+from ._rule import Blocks, shape_of, whole
+from ._sampled import Sampled
 from ._take import take
 
 # A leaf demanded beyond this share is computed whole and sliced after: the matmul saved no longer
@@ -37,7 +39,7 @@ class Token:
 
 ALL: Final = Token("ALL")
 NONE: Final = Token("NONE")
-OutputDemand: TypeAlias = Token | Sequence[Region]
+OutputDemand: TypeAlias = Token | Sampled | Sequence[Region]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,25 +95,33 @@ class Plan:
     """Shapes and dtypes of (consts, args)."""
     return [v.aval for v in self.closed.jaxpr.constvars], [v.aval for v in self.closed.jaxpr.invars]
 
-  def emit(self, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  def emit(
+    self, consts: Sequence[Any], args: Sequence[Any], picks: Sequence[Any] | None = None
+  ) -> list[Any]:
     """Evaluate the demanded blocks.
 
     Args:
       consts: the constants of the closed jaxpr.
       args: its flat arguments.
+      picks: the indices of every `Sampled` demand in order; by default those it was planned with.
     Returns:
-      Per output: None for NONE, the array for ALL, a tuple of blocks for regions.
+      Per output: None for NONE, the array for ALL, a tuple of blocks for regions, and a vector of
+      the elements for `Sampled`.
     """
+    if picks is None:
+      picks = [d.indices for d in self.demands if isinstance(d, Sampled)]
     jaxpr = self.closed.jaxpr
-    values = [[(full(len(shape_of(v))), x)] for v, x in zip(jaxpr.invars, args, strict=True)]
-    blocks = self.inner.emit(consts, values)
+    values: list[Blocks] = [
+      [(r, x)] for v, x in zip(jaxpr.invars, args, strict=True) for r in whole(v)
+    ]
+    blocks = self.inner.emit(consts, values, picks)
     return [_present(d, b, v) for d, b, v in zip(self.demands, blocks, jaxpr.outvars, strict=True)]
 
 
 def _present(demand: OutputDemand, blocks: list[Any], v: Any) -> Any:
   if demand is NONE:
     return None
-  if demand is ALL:
+  if demand is ALL or isinstance(demand, Sampled):
     return blocks[0]
   assert not isinstance(demand, Token)
   shape = shape_of(v)
@@ -130,19 +140,22 @@ def analyze(closed: core.ClosedJaxpr, demands: Sequence[OutputDemand]) -> Plan:
 
   Args:
     closed: the program.
-    demands: one per output: `NONE`, `ALL` or a sequence of regions of it.
+    demands: one per output: `NONE`, `ALL`, `Sampled` or a sequence of regions of it.
   Returns:
     The `Plan`; beyond `SLICE_BELOW` of an output, it is computed whole and sliced after.
   """
   analysis = Analysis()
   demands = list(demands)
-  wanted = tuple(map(_regions, demands, map(shape_of, closed.jaxpr.outvars)))
+  keys = itertools.accumulate((isinstance(d, Sampled) for d in demands), initial=0)
+  wanted = tuple(map(_regions, demands, map(shape_of, closed.jaxpr.outvars), keys))
   return Plan(closed, demands, analysis.plan(closed.jaxpr, wanted))
 
 
-def _regions(demand: OutputDemand, shape: tuple[int, ...]) -> tuple[Region, ...]:
+def _regions(demand: OutputDemand, shape: tuple[int, ...], key: int) -> Demand:
   if demand is NONE:
     return ()
+  if isinstance(demand, Sampled):
+    return (Pick(key, demand.indices.shape[0]),)
   if demand is ALL:
     return (full(len(shape)),)
   assert not isinstance(demand, Token)
@@ -160,11 +173,11 @@ def slice_program(
 
   Args:
     fun: any traceable function; its outputs are flattened.
-    demands: one per flat output: `NONE`, `ALL` or a sequence of regions.
+    demands: one per flat output: `NONE`, `ALL`, `Sampled` or a sequence of regions.
     *args: pytrees of arrays.
   Returns:
-    (outputs, report): per flat output None, the array or a tuple of blocks; differentiable,
-    batchable and jittable like `fun` itself.
+    (outputs, report): per flat output None, the array, a tuple of blocks or a vector;
+    differentiable, batchable and jittable like `fun` itself.
   """
   closed = jax.make_jaxpr(fun)(*args)
   plan = analyze(closed, demands)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from . import _index as ix
 from ._index import Index
@@ -31,8 +31,27 @@ class Region(tuple[Index, ...]):
     return all(d is None for d in self)
 
 
+class Pick(NamedTuple):
+  """Single elements that are data: a place in a demand for what no region can say.
+
+  Args:
+    key: which of the program's index arrays names them.
+    size: how many there are.
+    moves: (shape, permutation) of every transpose between that output and here.
+  """
+
+  key: int
+  size: int
+  moves: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+  @property
+  def is_full(self) -> bool:
+    return False
+
+
 Shape: TypeAlias = Sequence[int]
-Demand: TypeAlias = tuple[Region, ...]
+Wanted: TypeAlias = Region | Pick
+Demand: TypeAlias = tuple[Any, ...]  # of Wanted; most rules only ever meet regions
 
 
 def region(shape: Shape, *dims: object) -> Region:
@@ -67,8 +86,19 @@ def hull(a: Region, b: Region, shape: Shape) -> Region:
   return Region(map(ix.union, a, b, shape))
 
 
-def join(regions: Demand, new: Region, shape: Shape) -> Demand:
-  """Add a region to a demand; two regions become one where their hull wastes nothing."""
+def join(demand: Demand, new: Wanted, shape: Shape) -> Demand:
+  """Add to a demand; a pick of something wanted whole is read from that."""
+  picks = tuple(p for p in demand if isinstance(p, Pick))
+  regions = tuple(r for r in demand if isinstance(r, Region)) if picks else demand
+  if isinstance(new, Region):
+    regions = _join(regions, new, shape)
+  elif new not in picks:
+    picks = (*picks, new)
+  return regions if regions and regions[0].is_full else (*regions, *picks)
+
+
+def _join(regions: tuple[Region, ...], new: Region, shape: Shape) -> tuple[Region, ...]:
+  """Two regions become one where their hull wastes nothing."""
   if any(o is new or covers(o, new) for o in regions):
     return regions
   if new.is_full or not regions:
@@ -91,14 +121,21 @@ def join(regions: Demand, new: Region, shape: Shape) -> Demand:
   return tuple(left)
 
 
-def join_all(regions: Iterable[Region], shape: Shape) -> Demand:
-  return functools.reduce(lambda old, r: join(old, r, shape), regions, ())
+def join_all(wanted: Iterable[Wanted], shape: Shape) -> Demand:
+  return functools.reduce(lambda old, r: join(old, r, shape), wanted, ())
 
 
-def one(regions: Iterable[Region], shape: Shape) -> Demand:
+def one(wanted: Iterable[Wanted], shape: Shape) -> Demand:
   """A demand of at most one region: a loop carry is one array."""
-  regions = tuple(regions)
-  return (functools.reduce(lambda a, b: hull(a, b, shape), regions),) if regions else ()
+  wanted = tuple(wanted)
+  regions = [r for r in wanted if isinstance(r, Region)]
+  merged = [functools.reduce(lambda a, b: hull(a, b, shape), regions)] if regions else []
+  return join_all((*merged, *(p for p in wanted if isinstance(p, Pick))), shape)
+
+
+def without_picks(demand: Demand, rank: int) -> Demand:
+  """The demand with picks widened to the whole, for equations that cannot pass them on."""
+  return (full(rank),) if any(isinstance(p, Pick) for p in demand) else demand
 
 
 def share(regions: Demand, shape: Shape) -> float:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.extend import core, source_info_util
 
-from ._region import Demand, Region, full
+from ._region import Demand, Region, Wanted, full
 
 Equation: TypeAlias = core.JaxprEqn
-Blocks: TypeAlias = list[tuple[Region, Any]]  # the regions of one variable and their values
+Blocks: TypeAlias = list[tuple[Wanted, Any]]  # the regions of one variable and their values
+Picks: TypeAlias = Sequence[jax.Array]  # the index arrays of all picks
 
 
 class Piece(NamedTuple):
@@ -27,11 +28,13 @@ class Piece(NamedTuple):
     ins: the region of every operand that is read; None where an operand is not.
     emit: maps those blocks (None where not read) to the block of `got`.
     got: the region that comes out where it had to be rounded up; None means just what was asked.
+    needs_picks: whether `emit` takes the index arrays as well, before the blocks.
   """
 
-  ins: Sequence[Region | None]
+  ins: Sequence[Wanted | None]
   emit: Callable[..., Any]
   got: Region | None = None
+  needs_picks: bool = False
 
 
 class Step(NamedTuple):
@@ -40,14 +43,15 @@ class Step(NamedTuple):
   Args:
     eqn: the equation.
     ins: the demand on every operand, in order.
-    run: maps the blocks of every operand (one list each) to those of every output.
+    run: maps the blocks of every operand (one list each) and the index arrays of picks to the
+      blocks of every output.
     stopped: why a partial demand did not go through, else None.
     plans: the plans of inner jaxprs that `run` evaluates.
   """
 
   eqn: Equation
   ins: Sequence[Demand]
-  run: Callable[[list[list[Any]]], list[Blocks]]
+  run: Callable[[list[list[Any]], Picks], list[Blocks]]
   stopped: str | None = None
   plans: Sequence[Any] = ()
 
@@ -100,6 +104,11 @@ def context_of(eqn: Equation) -> Iterator[None]:
   names = source_info_util.current_name_stack() + info.name_stack
   with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
     yield
+
+
+def has_side_effects(eqn: Equation) -> bool:
+  """Whether the equation prints, calls back or writes; a named axis in scope is no side effect."""
+  return any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects)
 
 
 def is_literal(v: Any) -> bool:

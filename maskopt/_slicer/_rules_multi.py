@@ -9,7 +9,7 @@ from jax import lax
 
 from . import _index as ix, _region as rg
 from ._region import Demand, Region
-from ._rule import Blocks, Equation, Step, bind, rebind, shape_of
+from ._rule import Blocks, Equation, Picks, Step, bind, rebind, shape_of
 
 MultiRule: TypeAlias = Callable[[Equation, tuple[Demand, ...]], Step | None]
 
@@ -17,7 +17,8 @@ MultiRule: TypeAlias = Callable[[Equation, tuple[Demand, ...]], Step | None]
 def optimization_barrier(eqn: Equation, outs: tuple[Demand, ...]) -> Step:
   """out[r] = barrier(in)[r]: what is wanted passes, and stands behind the barrier together."""
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
     blocks = lax.optimization_barrier(operands)
     return [list(zip(d, b, strict=True)) for d, b in zip(outs, blocks, strict=True)]
 
@@ -35,7 +36,8 @@ def split(eqn: Equation, outs: tuple[Demand, ...]) -> Step:
       read.append(Region(part if d == axis else other for d, other in enumerate(r)))
     low += int(n)
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
     blocks = iter(operands[0])
     return [[(r, next(blocks)) for r in regions] for regions in outs]
 
@@ -49,7 +51,8 @@ def collective(eqn: Equation, outs: tuple[Demand, ...]) -> Step | None:
   if any(isinstance(a, int) for a in axes):  # a positional axis is a reduction
     return None
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
     if not eqn.primitive.multiple_results:
       return [[(r, bind(eqn, x)) for r, x in zip(outs[0], operands[0], strict=True)]]
     flat = iter(bind(eqn, *[x for blocks in operands for x in blocks]))
@@ -73,7 +76,8 @@ def batched(core_ranks: Callable[[Equation], list[int]]) -> MultiRule:
     gots = [Region([*batch, *[None] * n]) for n in ranks]
     emit = rebind(eqn)
 
-    def run(operands: list[list[Any]]) -> list[Blocks]:
+    def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+      del picks
       results = emit(*[blocks[0] for blocks in operands])
       return [[(got, x)] for got, x in zip(gots, results, strict=True)]
 
@@ -92,7 +96,8 @@ def sort(eqn: Equation, outs: tuple[Demand, ...]) -> Step | None:
   if got.is_full:
     return None
 
-  def run(operands: list[list[Any]]) -> list[Blocks]:
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
     results = bind(eqn, *[blocks[0] for blocks in operands])
     return [[(got, x)] for x in results]
 

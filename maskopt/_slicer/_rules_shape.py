@@ -29,7 +29,7 @@ UNARY_SHARDING = ("sharding_constraint", "reshard", "mesh_cast", "layout_constra
 
 @rule(*ELEMENTWISE)
 def elementwise(eqn: Equation, r: Region) -> Piece | None:
-  """out[r] = f(x[r], y[r], ...); scalars are read whole, as are dimensions of size 1 that stretch."""
+  """out[r] = f(x[r], y[r], ...); scalars and dimensions of size 1 that stretch are read whole."""
   shape, ins = out_shape(eqn), []
   for v in eqn.invars:
     sizes = shape_of(v)
