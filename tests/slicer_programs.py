@@ -109,7 +109,7 @@ def _mlp_parts(library: str) -> tuple[Callable[[Any, Any], Any], Any, bool]:
 
     def apply(p: Any, x: Any) -> Any:
       for layer in p:
-        x = jnp.tanh(x @ layer["w"] + layer["b"])
+        x = jnp.tanh(x @ layer["w"] + layer["b"][None])
       return x
 
     return apply, params, False
@@ -194,7 +194,8 @@ def cnn(kind: str, wrap: str = "plain") -> Case:
     @linen.compact
     def __call__(self, x: Any) -> Any:
       x = linen.max_pool(linen.relu(linen.Conv(c, (k, k))(x)), (2, 2), (2, 2))
-      x = linen.avg_pool(linen.relu(linen.Conv(c, (k, k))(x)), (2, 2), (2, 2))
+      x = linen.relu(linen.Conv(c, (k, k))(x))
+      x = linen.pooling.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID") / 4.0
       return linen.relu(linen.Conv(c, (k, k))(x))
 
   model, x = Net(), normal(rng(2), n, size, size, c)
