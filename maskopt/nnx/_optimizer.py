@@ -1,0 +1,174 @@
+"""The optimizer of nnx modules: `flax.nnx.Optimizer` on the trainable elements, in place."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import optax
+from flax import nnx
+
+from .. import _freeze, _masks, _tree
+from .._choice import Prefer
+from .._errors import Problem, fail
+from .._packed import is_packed
+from . import _carried, _ties
+
+M = TypeVar("M", bound=nnx.Module)
+
+_WHERE = "maskopt.nnx.Optimizer(freeze_mask=...)"
+# What a packed value does not inherit of its parameter: these name dimensions it may not have.
+_SHARDING = ("out_sharding", "optimizer_sharding", "sharding_names", "sharding")
+
+
+class Optimizer(nnx.Optimizer[M]):
+  """Optimize the trainable elements of an nnx module as if the others did not exist.
+
+    parameter[i] keeps its bits if freeze_mask[i]        the others follow `tx` on them alone
+
+  A drop-in for `flax.nnx.Optimizer`: `update(model, grads)` runs `tx` on packed values and writes
+  in place on the trainable elements, under `nnx.jit`, `nnx.scan` and in either graph mode. Donate
+  the model and the optimizer to `nnx.jit` to save the copy. Weight decay, momentum and NaN
+  gradients do not move a frozen bit.
+
+  Args:
+    model: the module whose parameters train.
+    tx: any Optax transformation.
+    freeze_mask: a freeze mask over `nnx.state(model, wrt)`; True = frozen. None takes the masks
+      that the modules carry, of which `maskopt.nnx.freeze_mask` tells. A shared variable may go by
+      any of its names.
+    wrt: filter of the variables that may train, as in `flax.nnx.Optimizer`.
+    prefer: as in `maskopt.selective_transform`.
+    master_dtype: as in `maskopt.selective_transform`.
+    graph: as in `flax.nnx.Optimizer`.
+
+  Attributes:
+    step: number of updates.
+    tx: `tx` on the trainable elements.
+    opt_state: its state; `maskopt.mask_of(optimizer.opt_state)` is the mask.
+    wrt: the filter.
+
+  Raises:
+    ValueError: the mask does not fit the module, is for variables that `wrt` does not select, or
+      trains what a module's own mask freezes; names every path.
+    TypeError: a mask leaf is not boolean, or an integer parameter would train.
+
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, optax, maskopt
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    >>> mask = {"kernel": True, "bias": np.array([False, True])}
+    >>> optimizer = maskopt.nnx.Optimizer(model, optax.adam(0.1), freeze_mask=mask)
+    >>> grads = nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model)
+    >>> _ = optimizer.update(model, grads)
+    >>> model.bias[...].round(3).tolist()
+    [-0.10000000149011612, 0.0]
+  """
+
+  def __init__(
+    self,
+    model: M,
+    tx: optax.GradientTransformation,
+    freeze_mask: _masks.FreezeMask | None = None,
+    wrt: Any = nnx.Param,
+    *,
+    prefer: Prefer = "time",
+    master_dtype: Any = None,
+    graph: bool | None = None,
+  ):
+    params = nnx.state(model, wrt, graph=graph)
+    if not jax.tree.leaves(params):
+      kinds = ", ".join(sorted(set(_ties.kinds(model).values()))) or "no variables"
+      expected = f"variables that wrt={_ties.show_filter(wrt)} selects"
+      fail("maskopt.nnx.Optimizer(wrt=...)", [Problem("", expected, kinds)], "Give another filter.")
+    mask = _carried.agreed(model, params, freeze_mask, wrt, _WHERE)
+    selective = _freeze.selective_transform(
+      tx, freeze_mask=mask, prefer=prefer, master_dtype=master_dtype
+    )
+
+    def init(params: Any) -> Any:
+      return selective.init(_unlabelled(params, mask))
+
+    wrapped = optax.GradientTransformationExtraArgs(init, selective.update)
+    super().__init__(model, wrapped, wrt=wrt, graph=graph)
+    self.opt_state = nnx.data(_without_empty(self.opt_state))
+
+  def update(self, model: M, grads: Any, /, **kwargs: Any) -> optax.Updates:
+    """Update the optimizer state and the trainable elements of the model, in place.
+
+    Args:
+      model: the module; its other variables are left alone.
+      grads: gradients from `maskopt.nnx.grad`, packed or not, or from `nnx.grad`; more kinds of
+        variables than `wrt` selects are allowed.
+      **kwargs: for `tx.update`; `freeze_mask=` is the next value of a runtime mask.
+    Returns:
+      The updates as `tx` gave them, -0.0 where frozen.
+    Raises:
+      ValueError: there are no gradients for some of the parameters; names the paths and the kinds.
+    """
+    params = nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
+    chosen = _values(nnx.state(grads, self.wrt, graph=self.graph))
+    self._check(params, chosen, grads)
+    updates: Any
+    updates, opt_state = self.tx.update(
+      chosen, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs)
+    )
+    # In the trace of tx.update, so that packed values are added where they belong.
+    new_params = _freeze.apply_updates(params, updates)
+    nnx.update(model, new_params)
+    nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+    self.step[...] += 1
+    return updates
+
+  def _check(self, params: Any, chosen: Any, grads: Any) -> None:
+    wanted = _tree.flatten(params).paths
+    given = _tree.flatten(chosen, is_leaf=is_packed).paths
+    if wanted == given:
+      return
+    boxes = jax.tree.leaves(grads, is_leaf=_is_box)
+    kinds = sorted({type(x).__name__ for x in boxes if _is_box(x)})
+    of = f"gradients of {', '.join(kinds) or 'no variables'}"
+    expected = f"a gradient of what wrt={_ties.show_filter(self.wrt)} selects"
+    problems = [Problem(p, expected, f"none among {of}") for p in wanted if p not in set(given)]
+    problems += [
+      Problem(p, f"a variable of the model that wrt={_ties.show_filter(self.wrt)} selects", of)
+      for p in given
+      if p not in set(wanted)
+    ]
+    remedy = "Differentiate with the optimizer's filter: argnums=nnx.DiffState(0, wrt)."
+    fail("maskopt.nnx.Optimizer.update(model, grads)", problems, remedy)
+
+
+def _values(grads: Any) -> Any:
+  """Gradients without their variables; `nnx.as_pure` would rebuild packed leaves inside them."""
+  return jax.tree.map(lambda x: x.get_raw_value() if _is_box(x) else x, grads, is_leaf=_is_box)
+
+
+def _without_empty(opt_state: Any) -> Any:
+  """The state without variables that hold no array, for a frozen leaf has none."""
+
+  def bare(x: Any) -> Any:
+    return x.get_raw_value() if _is_box(x) and not jax.tree.leaves(x) else x
+
+  return jax.tree.map(bare, opt_state, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _unlabelled(params: Any, freeze_mask: Any) -> Any:
+  """The parameters without sharding labels wherever the state is no image of the parameter."""
+  if isinstance(freeze_mask, _masks.Runtime):
+    return params
+  boxes, treedef = jax.tree.flatten(params, is_leaf=_is_box)
+  masks = _masks.resolve(freeze_mask, params, _WHERE)
+  bare = [
+    box if mask is False else _without_labels(box) for box, mask in zip(boxes, masks, strict=True)
+  ]
+  return treedef.unflatten(bare)
+
+
+def _without_labels(box: Any) -> Any:
+  metadata = {k: v for k, v in box.get_metadata().items() if k not in _SHARDING}
+  return type(box)(box.get_raw_value(), **metadata)
