@@ -3,8 +3,8 @@
   python benchmarks/nnx_step.py             one large kernel, then a stack of layers
 
 `plain` is `jax.jit` of `tx.update` and `maskopt.apply_updates` over a tree of arrays, donated;
-`ours` is `nnx.jit` of `optimizer.update(model, grads)`, model and optimizer donated; `cached` is the
-same through `nnx.cached_partial`, `split` in `jax.jit` between `nnx.split` and `nnx.merge`; `flax`
+`ours` is `nnx.jit` of `optimizer.update(model, grads)`, both donated; `cached` is the same through
+`nnx.cached_partial`, `split` in `jax.jit` between `nnx.split` and `nnx.merge`; `flax`
 is `nnx.Optimizer` with `optax.adam`, which trains everything, under `nnx.jit`.
 
 `nnx.jit` handles objects in Python: about 0.4 ms for one layer and 0.15 ms for each further one,

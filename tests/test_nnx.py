@@ -1,5 +1,7 @@
 """`maskopt.nnx.Optimizer`: frozen bits, the inner optimizer's trajectory, every nnx transform."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,10 +184,10 @@ def test_one_trace_for_many_steps_and_state_is_packed():
 
 
 def test_in_place_path_is_taken_under_jit():
-  """The compiled program adds nothing to the whole kernel and builds no dense update."""
+  """The compiled step touches fewer bytes than the kernel has: no dense update is built."""
   model = nnx.Linear(512, 512, rngs=nnx.Rngs(0))
-  mask = {"kernel": np.arange(512) >= 4, "bias": True}
-  optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), mask)
+  mask = {"kernel": RNG.random((512, 512)) >= 0.001, "bias": True}
+  optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), mask, prefer="memory")
   graphdef, state = nnx.split((model, optimizer))
 
   def step(state, grad):
@@ -194,9 +196,10 @@ def test_in_place_path_is_taken_under_jit():
     optimizer.update(model, grads)
     return nnx.state((model, optimizer))
 
-  text = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((512, 512))).compile().as_text()
-  assert "f32[512,512]{1,0} add" not in text
-  assert "f32[512,512]{1,0} broadcast" not in text
+  compiled = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((512, 512))).compile()
+  full = [x for x in re.findall(r"= f32\[(.*?)\]\S* (\w+)", compiled.as_text())]
+  assert ("262144", "add") not in full and ("512,512", "add") not in full
+  assert ("512,512", "broadcast") not in full and ("262144", "broadcast") not in full
 
 
 def test_nothing_frozen_is_the_library_own_optimizer():
