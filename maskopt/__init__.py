@@ -6,7 +6,6 @@ from ._freeze import (
   mask_of as mask_of,
   masked_freeze as masked_freeze,
   selective_transform as selective_transform,
-  stop_gradient as stop_gradient,
 )
 from ._multiplier import scale_by_multiplier as scale_by_multiplier
 from ._partition import partition as partition
@@ -14,6 +13,7 @@ from ._partition import partition as partition
 # Gradients of what trains
 from ._explain import explain as explain
 from ._grad import grad as grad, value_and_grad as value_and_grad
+from ._stop_gradient import stop_gradient as stop_gradient
 
 # Masks
 from ._masks import (
