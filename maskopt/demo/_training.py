@@ -55,6 +55,7 @@ def start(
   params: Any,
   tx: optax.GradientTransformation,
   apply_updates: Callable[[Any, Any], Any] = optax.apply_updates,
+  grad: Callable[[Any], Any] = jax.grad,
 ) -> Run:
   """Begin a run from a copy of the parameters, for its steps overwrite them."""
   params = jax.tree.map(lambda x: x.copy(), params)
@@ -65,7 +66,7 @@ def start(
       logits = nnx.merge(graph, params)(images.pixels)
       return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
-    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    updates, state = tx.update(grad(loss)(params), state, params)
     return apply_updates(params, updates), state
 
   return Run(name, params, tx.init(params), step)

@@ -7,6 +7,7 @@ old digits cannot change, whatever the spare neurons learn.
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,11 @@ def three_ways(steps: int, seed: int) -> Comparison:
       ],
     )
     ours = maskopt.selective_transform(optimizer(), freeze_mask=freeze_mask, prefer="memory")
+    grad = functools.partial(maskopt.grad, freeze_mask=freeze_mask)
     runs = [
       _training.start("no freezing", graph, params, optimizer()),
       _training.start("zeroed gradients", graph, params, zeroed_first(freeze_mask)),
-      _training.start("maskopt", graph, params, ours, maskopt.apply_updates),
+      _training.start("maskopt", graph, params, ours, maskopt.apply_updates, grad),
     ]
     before, exam = maskopt.snapshot(params), Exam(graph, test, OLD, NEW)
     tune(runs, train.of(NEW).batches(steps, seed + 1), exam, bars, steps)
