@@ -97,3 +97,20 @@ def test_explicit_mesh(of_w: P, of_x: P, demand: Any) -> None:
 
     assert_sliced(jax.grad(f), [demand], w, x)
     assert_sliced(jax.grad(jax.jit(f)), [demand], w, x)
+
+
+def test_jit_with_layouts_is_sliced_inside() -> None:
+  m = mesh(AxisType.Auto)
+  w, x = NamedSharding(m, P()), NamedSharding(m, P("data"))
+  f = jax.jit(loss, in_shardings=(w, x), out_shardings=w)
+  report = assert_sliced(jax.grad(f), [COLUMNS], W, X)
+  assert not report.stops
+  assert report.flops_sliced < 0.7 * report.flops_full
+
+
+def test_pmap_inside() -> None:
+  def f(w: Any, x: Any) -> Any:
+    per = jax.pmap(lambda w, x: lax.pmean(loss(w, x), "i"), axis_name="i", in_axes=(None, 0))
+    return jnp.sum(per(w, x))
+
+  assert_sliced(jax.grad(f), [COLUMNS], W, X.reshape(N, 2, 16))

@@ -52,12 +52,28 @@ def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   return Step(eqn, plan.ins, lambda ops, picks: _paired(outs, emit(ops, picks)), plans=[plan])
 
 
-def jit(eqn: Equation, outs: Demands, planner: Planner) -> Step | None:
-  """A jit whose arguments or results are laid out by hand stays as it is."""
-  shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
-  if any(isinstance(s, jax.sharding.Sharding) for s in shardings):
-    return None
-  return call(eqn, outs, planner)
+def jit(eqn: Equation, outs: Demands, planner: Planner) -> Step:
+  """A call; arguments and results laid out by hand keep their layout where they are whole."""
+  step = call(eqn, outs, planner)
+  layouts = [list(eqn.params.get(name, ())) for name in ("in_shardings", "out_shardings")]
+  if not any(isinstance(s, jax.sharding.Sharding) for side in layouts for s in side):
+    return step
+  inner = step.run
+
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    read = _paired(tuple(step.ins), operands)
+    placed = [[x for _, x in _placed(b, s)] for b, s in zip(read, layouts[0], strict=True)]
+    return [_placed(b, s) for b, s in zip(inner(placed, picks), layouts[1], strict=True)]
+
+  return step._replace(run=run)
+
+
+def _placed(blocks: Blocks, sharding: Any) -> Blocks:
+  """Constrain a whole value; a part of one is left to the compiler."""
+  if not isinstance(sharding, jax.sharding.Sharding):
+    return blocks
+  place = lax.with_sharding_constraint
+  return [(r, place(x, sharding) if r.is_full else x) for r, x in blocks]
 
 
 def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
