@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from .digits import digits as digits
+from .freeze_weights import freeze_weights as freeze_weights
 
 
 class _MainByDefault(TyperGroup):
@@ -25,3 +26,4 @@ app = typer.Typer(
 )
 # The name of a demonstration is its function's, with hyphens.
 app.command()(digits)
+app.command()(freeze_weights)
