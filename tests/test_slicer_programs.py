@@ -55,6 +55,36 @@ def test_callbacks_happen_once() -> None:
   assert seen == [1]
 
 
+@pytest.mark.parametrize(
+  "wrap", [jax.checkpoint, jax.jit, lambda f: f], ids=["remat", "jit", "none"]
+)
+def test_effects_inside_sliced_calls(wrap: Any) -> None:
+  def noisy(seen: list[int]) -> Any:
+    @wrap
+    def body(h: Any, w: Any) -> Any:
+      jax.debug.callback(lambda: seen.append(1))
+      return jnp.tanh(h @ w), None
+
+    return jax.grad(lambda w, x: jnp.sum(lax.scan(body, x, w)[0] ** 2))
+
+  stack, counts = jnp.stack([W] * 3), ([], [])
+  demand = (region(stack.shape, None, None, [1, 2, 9]),)
+  jax.block_until_ready(jax.jit(noisy(counts[0]))(stack, X))
+  sliced = jax.jit(lambda w, x: slice_program(noisy(counts[1]), [demand], w, x)[0])
+  jax.block_until_ready(sliced(stack, X))
+  jax.effects_barrier()
+  assert len(counts[0]) == len(counts[1]) > 0
+
+
+@pytest.mark.parametrize("layers", [[4, 5], [3, 4], [0, 1]])
+def test_scan_stops_at_the_lowest_layer_that_trains(layers: list[int]) -> None:
+  stack = jnp.stack([W] * 6)
+  grad = jax.grad(lambda w, x: jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]))
+  report = assert_sliced(grad, [(region(stack.shape, layers),)], stack, X)
+  unit = 2 * 6 * 20 * 20
+  assert report.flops_sliced == unit * (6 + 2 * (6 - layers[0]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_pass_as_in_jax(value: float) -> None:
   x = X.at[1, 3].set(value)

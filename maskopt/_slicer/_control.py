@@ -7,16 +7,18 @@ than the next one asks of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 from jax import lax
 from jax.extend import core
 
-from . import _region as rg
+from . import _index as ix, _region as rg
+from ._index import Index
 from ._region import Demand, Region, full
-from ._rule import Blocks, Equation, Picks, Step, opened, shape_of, whole
+from ._rule import Blocks, Equation, Picks, Step, has_side_effects, opened, shape_of, whole
 from ._shard_map import shard_map
 
 Demands: TypeAlias = tuple[Demand, ...]
@@ -44,7 +46,7 @@ def call(eqn: Equation, outs: Demands, planner: Planner) -> Step:
 
   sliced.__name__ = eqn.params.get("name", eqn.primitive.name)
   if len(plan.steps) > MAX_INLINE:
-    if plan.compiled is None:
+    if plan.compiled is None or consts:  # a shared jaxpr may close over other constants
       plan.compiled = jax.jit(sliced, inline=bool(eqn.params.get("inline")))
     emit = plan.compiled
   else:
@@ -114,12 +116,17 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   """Stacked outputs are wanted alike in every iteration; unwanted carries are dropped."""
   p = eqn.params
   jaxpr, consts = opened(p["jaxpr"])
-  first, split = p["num_consts"], p["num_consts"] + p["num_carry"]
+  first, split, n_carry = p["num_consts"], p["num_consts"] + p["num_carry"], p["num_carry"]
   shapes = [shape_of(v) for v in jaxpr.invars]
-  carry = tuple(rg.one(d, s) for d, s in zip(outs[: p["num_carry"]], shapes[first:split]))  # noqa: B905
+  carry = tuple(map(rg.one, outs[:n_carry], shapes[first:split]))
+  stacked_shapes = [shape_of(v) for v in eqn.outvars[n_carry:]]
+  wanted = [
+    rg.without_picks(d, len(s)) for d, s in zip(outs[n_carry:], stacked_shapes, strict=True)
+  ]
+  turns = None if any(outs[:n_carry]) or has_side_effects(eqn) else _turns(eqn, wanted)
   stacked = tuple(
-    rg.join_all((Region(r[1:]) for r in rg.without_picks(d, len(shape_of(v)))), shape_of(v)[1:])
-    for d, v in zip(outs[p["num_carry"] :], eqn.outvars[p["num_carry"] :], strict=True)
+    rg.join_all((Region(r[1:]) for r in d), s[1:])
+    for d, s in zip(wanted, stacked_shapes, strict=True)
   )
   while True:
     plan = planner(jaxpr, carry + stacked)
@@ -131,23 +138,35 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
     rg.without_picks(d, len(s)) for d, s in zip(plan.ins[split:], shapes[split:], strict=True)
   ]
   reads = plan.ins[:first] + carry + tuple(inner)
-  rows = tuple(tuple(Region((None, *r)) for r in d) for d in inner)
-  stacked_out = tuple(tuple(Region((None, *r)) for r in d) for d in stacked)
+  rows, got = ([tuple(Region((turns, *r)) for r in d) for d in ds] for ds in (inner, stacked))
 
   def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     constants = operands[:first]
 
     def body(state: Any, xs: Any) -> Any:
       blocks = plan.emit(consts, _paired(reads, [*constants, *state, *xs]), picks)
-      return blocks[: len(carry)], blocks[len(carry) :]
+      return blocks[:n_carry], blocks[n_carry:]
 
     final, ys = lax.scan(
-      body, operands[first:split], operands[split:], p["length"], p["reverse"], p["unroll"],
-      _split_transpose=p.get("_split_transpose", False),
+      body, operands[first:split], operands[split:], ix.count(turns, p["length"]), p["reverse"],
+      p["unroll"], _split_transpose=p.get("_split_transpose", False),
     )  # fmt: skip
-    return _paired(carry + stacked_out, [*final, *ys])
+    return _paired((*carry, *got), [*final, *ys])
 
   return Step(eqn, [*plan.ins[:first], *carry, *rows], run, plans=[plan])
+
+
+def _turns(eqn: Equation, stacked: Sequence[Demand]) -> Index:
+  """The iterations up to the last that a stacked output wants: the lowest layer that trains."""
+  length = eqn.params["length"]
+  used: Index = range(0)
+  for r in itertools.chain(*stacked):
+    used = ix.union(used, r[0], length)
+  if used is None or not len(used):
+    return None
+  ends = ix.positions(used, length)
+  kept = range(int(ends[0]), length) if eqn.params["reverse"] else range(int(ends[-1]) + 1)
+  return ix.canonical(kept, length)
 
 
 def while_(eqn: Equation, outs: Demands, planner: Planner) -> Step:

@@ -62,7 +62,7 @@ def _equation(eqn: Equation, outs: list[bool]) -> tuple[int, list[bool]]:
     return max(f for f, _ in counted), [True, *reads]
   inner = [j for value in p.values() for j in _jaxprs(value)]
   same = len(inner) == 1 and len(opened(inner[0])[0].invars) == len(eqn.invars)
-  if same and len(opened(inner[0])[0].outvars) == len(outs) and not has_side_effects(eqn):
+  if same and len(opened(inner[0])[0].outvars) == len(outs):
     return _live(opened(inner[0])[0], outs)
   return sum(count_flops(j) for j in inner), everything
 

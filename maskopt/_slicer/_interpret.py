@@ -166,9 +166,9 @@ class Analysis:
   def _step(self, eqn: Equation, outs: Demands, stops: Counter[Stop]) -> Step:
     outs = _passable(eqn, outs)
     is_partial = any(not r.is_full for regions in outs for r in regions)
-    if has_side_effects(eqn):
-      return _whole(eqn)
     name = eqn.primitive.name
+    if has_side_effects(eqn) and name not in _control.CALLS:
+      return _whole(eqn)
     if name in _control.CALLS:
       unwanted = any(not d and not _is_dropped(v) for v, d in zip(eqn.outvars, outs, strict=True))
       step = _control.CALLS[name](eqn, outs, self.plan) if is_partial or unwanted else None
