@@ -83,15 +83,18 @@ def choose(
   limits = _LIMITS.get(platform, _LIMITS["gpu"])
   share = np.count_nonzero(trainable) / trainable.size
   if dims is not None:
-    packed = _block(dims, shape, name)
+    packed = block(dims, shape, name)
     pays = packed[0].size >= limits.small or isinstance(packed[0], Slice)
     if (pays and share <= _block_limit(packed[0], limits)) or prefer != "time" or keep_rank:
       return packed
-  elif _elements_pay(share, math.prod(shape), limits, prefer):
-    return _elements(trainable, shape, name)
-  frozen = _layout.digest(mask.shape, np.packbits(mask).tobytes())  # type: ignore[union-attr]
+  # Elements and Dense layouts of one mask share their digest, and so their gradients.
+  digest = _layout.digest(trainable.shape, np.packbits(trainable).tobytes())
+  blocks = blocks_of(trainable, shape)
+  if _elements_pay(share, math.prod(shape), limits, prefer):
+    flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
+    return Elements(shape, name, digest, blocks, len(flat)), {"flat": flat}
   count = round(share * math.prod(shape))
-  return Dense(shape, name, frozen, blocks_of(trainable, shape), count), {"frozen": mask}
+  return Dense(shape, name, digest, blocks, count), {"frozen": mask}
 
 
 def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray] | None:
@@ -140,16 +143,17 @@ def as_range(positions: np.ndarray) -> range | np.ndarray:
   return range(first, last + 1) if last - first + 1 == len(positions) else positions
 
 
-def _block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
-  block = tuple(len(d) for d in dims)
+def block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
+  """The layout of a product of index sets, sorted, one for each dimension."""
+  sizes = tuple(len(d) for d in dims)
   sets = tuple(as_range(d) for d in dims)
   if all(isinstance(d, range) for d in sets):
     start = np.array([d[0] for d in dims], np.int32)
     digest = _layout.digest("slice", start.tobytes())
-    return Slice(shape, name, digest, (sets,), block), {"start": start}
+    return Slice(shape, name, digest, (sets,), sizes), {"start": start}
   picked = tuple(d.astype(np.int32) for d, n in zip(dims, shape, strict=True) if len(d) != n)
   digest = _layout.digest("block", *(d.tobytes() for d in picked))
-  return Block(shape, name, digest, (sets,), block), {"dims": picked}
+  return Block(shape, name, digest, (sets,), sizes), {"dims": picked}
 
 
 def _block_limit(layout: Layout, limits: Limits) -> float:
@@ -168,12 +172,6 @@ def _elements_pay(share: float, size: int, limits: Limits, prefer: Prefer) -> bo
   if prefer == "time":
     return size >= limits.small and share <= limits.elements
   return prefer == "values" or share <= _MEMORY_TIE
-
-
-def _elements(trainable: np.ndarray, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
-  flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
-  digest, blocks = _layout.digest("elements", flat.tobytes()), blocks_of(trainable, shape)
-  return Elements(shape, name, digest, blocks, len(flat)), {"flat": flat}
 
 
 def _runtime(mask: Runtime, shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:

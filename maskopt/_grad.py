@@ -308,7 +308,7 @@ def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) ->
     record = Record(layout, index, values)
     full = _provenance.made_of.remember(layout.put(values, zeros, index), record)
   whole = not layout.blocks and not _is_sampled(layout)
-  return _provenance.unmasked.remember(full, g) if whole else full
+  return _provenance.unmasked.remember(full, Record(layout, index, g)) if whole else full
 
 
 def _values(g: Any, layout: Layout, index: Index) -> Any:

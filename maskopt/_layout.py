@@ -127,11 +127,16 @@ class Slice(Layout):
 
 
 def _slice_out(block: tuple[int, ...], start: Any, x: Any) -> Any:
-  return lax.dynamic_slice(x, [start[d] for d in range(x.ndim)], block)
+  return lax.dynamic_slice(x, _starts(start, x.ndim), block, allow_negative_indices=False)
 
 
 def _slice_in(_: None, start: Any, x: Any, values: Any) -> Any:
-  return lax.dynamic_update_slice(x, values, [start[d] for d in range(x.ndim)])
+  starts = _starts(start, x.ndim)
+  return lax.dynamic_update_slice(x, values, starts, allow_negative_indices=False)
+
+
+def _starts(start: Any, rank: int) -> list[Any]:
+  return [lax.index_in_dim(start, d, keepdims=False) for d in range(rank)]
 
 
 @dataclasses.dataclass(frozen=True)

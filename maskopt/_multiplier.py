@@ -20,7 +20,7 @@ _BUILD = "Build the tree with maskopt.build_multipliers."
 
 
 class MultiplierState(NamedTuple):
-  """State of `scale_by_multiplier`: one factor for each parameter leaf, in the order of the leaves."""
+  """State of `scale_by_multiplier`: one factor for each leaf, in the order of the leaves."""
 
   factors: Any
 

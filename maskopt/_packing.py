@@ -167,7 +167,9 @@ def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
   if record is not None and record.stands_for(layout, index):
     return record.values
   whole = _provenance.unmasked.recall(leaf)
-  return layout.take(leaf if whole is None else whole, index)
+  if whole is not None and whole.is_of_mask(layout, index):
+    return layout.take(whole.values, index)
+  return layout.take(leaf, index)
 
 
 def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
@@ -251,7 +253,9 @@ def _check_counts(flat: _tree.Flat, masks: list[_masks.LeafMask], where: str) ->
   for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True):
     if not isinstance(mask, _masks.Runtime) or isinstance(mask.mask, core.Tracer):
       continue
-    trains = int(jnp.count_nonzero(~mask.mask)) * (np.size(leaf) // max(mask.mask.size, 1))
+    trains = int(np.count_nonzero(~np.asarray(mask.mask))) * (
+      np.size(leaf) // max(mask.mask.size, 1)
+    )
     if mask.count not in (None, trains):
       problems.append(Problem(path, f"{mask.count} trainable elements", f"a mask with {trains}"))
   if problems:

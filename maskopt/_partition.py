@@ -260,8 +260,7 @@ def _values(
   if is_packed(leaf):
     shape = jnp.zeros(layout.shape, jnp.result_type(leaf.values))
     return layout.take(leaf.layout.put(leaf.values, shape, leaf.index), index)
-  plain = _provenance.unmasked.recall(leaf)
-  return layout.take(leaf if plain is None else plain, index)
+  return layout.take(leaf, index)
 
 
 def _of_full(values: Any, whole: Layout | None, layout: Layout, index: Index) -> Any:
