@@ -152,7 +152,10 @@ def show(comparison: Comparison, facts: dict[str, Any], *, as_json: bool) -> Non
   console = Console()
   console.print(_table(comparison))
   console.print(_verdict(comparison))
-  console.print(f"Picture: {facts['picture']}   ({facts['seconds']} s)", style="dim")
+  # Unbroken, so that the path can be copied and found.
+  console.print(
+    f"Picture: {facts['picture']}   ({facts['seconds']} s)", style="dim", soft_wrap=True
+  )
 
 
 def _as_dict(comparison: Comparison) -> dict[str, Any]:
