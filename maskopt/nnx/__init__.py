@@ -1,5 +1,8 @@
 """Freezing in the words of Flax nnx: modules in, modules out."""
 
+from ._assign import assign as assign
 from ._carried import freeze_mask as freeze_mask
 from ._grad import grad as grad, value_and_grad as value_and_grad
+from ._network import layers as layers, trainable_state as trainable_state
 from ._optimizer import Optimizer as Optimizer
+from ._statistics import freeze_statistics as freeze_statistics

@@ -111,13 +111,13 @@ def freeze_mask(model: nnx.Module) -> dict[str, Any]:
     >>> maskopt.nnx.freeze_mask(layer)
     {'bias': False, 'kernel': False}
   """
-  _need_module(model, "maskopt.nnx.freeze_mask(model)")
+  need_module(model, "maskopt.nnx.freeze_mask(model)")
   paths = _tree.flatten(nnx.state(model, nnx.Param)).paths
   masks = _by_path(model)
   return _tree.nested(paths, [masks.get(path, False) for path in paths]) if paths else {}
 
 
-def _need_module(model: Any, where: str) -> None:
+def need_module(model: Any, where: str) -> None:
   if not isinstance(model, nnx.Module):
     problem = Problem("", "an nnx module", type(model).__name__, TypeError)
     fail(where, [problem], "Merge a graphdef and its state with nnx.merge first.")
@@ -158,7 +158,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   own = _by_path(model)
   if given is None:
     return _tree.nested(flat.paths, [own.get(path, False) for path in flat.paths])
-  given = _ties.renamed(_masks.evaluate(given, params), model, where)
+  given = _ties.renamed(_masks.evaluate(given, params), model, flat.paths, where)
   _check_wrt(given, flat, model, wrt, where)
   masks = _masks.resolve(given, flat, where)
   problems = [

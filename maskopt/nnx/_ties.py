@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,18 @@ def aliases(model: Any) -> list[tuple[str, str]]:
   return found
 
 
-def renamed(freeze_mask: Any, model: Any, where: str) -> Any:
+def renamed(freeze_mask: Any, model: Any, paths: Sequence[str], where: str) -> Any:
   """The mask with every entry under the path that the state has for its variable.
 
+  Args:
+    freeze_mask: a freeze mask, evaluated.
+    model: the module.
+    paths: the variables that the mask is about.
+    where: the call that errors name.
   Raises:
     ValueError: the names of one variable have different masks.
   """
-  shared = aliases(model)
+  shared = [(alias, path) for alias, path in aliases(model) if path in set(paths)]
   if not shared:
     return freeze_mask
   flat = _masks.flatten(freeze_mask)
@@ -65,10 +71,9 @@ def renamed(freeze_mask: Any, model: Any, where: str) -> Any:
       problems.append(Problem(given, expected, "another"))
   if problems:
     fail(where, problems, "A shared variable has one mask: give it under one of its names.")
-  variables = list(names(model).values())
   for path in entries:
     covers_alias = any(_tree.covers(path, alias) for alias, _ in shared)
-    if covers_alias and not any(_tree.covers(path, name) for name in variables):
+    if covers_alias and not any(_tree.covers(path, name) for name in paths):
       del result[path]
   return _tree.nested(list(result), list(result.values()))
 

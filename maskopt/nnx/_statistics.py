@@ -1,0 +1,198 @@
+"""Batch statistics of frozen layers: used as they are, and still.
+
+A frozen unit that is normalised with the statistics of each batch drifts at its output although no
+weight moves. So a frozen unit uses the running statistics, whatever mode the network is in, and
+these do not move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import core
+
+from .. import _masks, _tree
+from .._errors import Problem, fail
+from .._masks import LeafMask, Runtime
+from .._packing import Layouts
+from . import _carried
+from ._carried import StaticMask
+
+_WHERE = "maskopt.nnx.freeze_statistics(freeze_mask=...)"
+# The name under which a module or a statistic says which of its elements are still.
+_STILL = "still"
+
+
+class StillStat(nnx.BatchStat):
+  """A batch statistic whose frozen elements keep their bits; its metadata `still` says which.
+
+  Loading a state (`nnx.update`) sets them all the same. A state from another model brings no
+  `still`: then the whole statistic is.
+  """
+
+  def set_value(self, value: Any, *, index: Any = ...) -> None:
+    """Write where the statistic is not frozen."""
+    still, old = self.get_metadata(_STILL, True), self.get_value()
+    if still is True:
+      return
+    if index is not ...:
+      value = old.at[index].set(value)
+    super().set_value(jnp.where(still.array, old, value))
+
+
+class StillBatchNorm(nnx.BatchNorm):
+  """Batch normalisation whose frozen units use the running statistics in every mode.
+
+  Attributes:
+    still: which units are frozen: True, or a static mask.
+  """
+
+  still: StaticMask | bool
+
+  def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+    """Normalise: frozen units by the running statistics, the others as `nnx.BatchNorm` does."""
+    # Before the others are normalised, which moves their statistics.
+    inferred = super().__call__(x, use_running_average=True, mask=mask)
+    if use_running_average is None:
+      use_running_average = self.use_running_average
+    if isinstance(self.still, bool) or use_running_average:
+      return inferred
+    still, old = self.still.array, (self.mean[...], self.var[...])
+    live = super().__call__(x, use_running_average=use_running_average, mask=mask)
+    for stat, before in zip((self.mean, self.var), old, strict=True):
+      stat[...] = jnp.where(still, before, stat[...])
+    shape = [1] * live.ndim
+    shape[self.axis] = self.num_features
+    return jnp.where(still.reshape(shape), inferred, live)
+
+
+def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
+  """Hold the batch statistics of frozen layers still, and normalise their units by these.
+
+    statistic[i] keeps its bits if unit i is frozen
+    y[..., i] = normalise(x[..., i], running statistics) if unit i is frozen, in every mode
+
+  What `trainable = False` means for a Keras layer: `model.train()` and `use_running_average=False`
+  do not undo it. A unit of a normalisation layer is frozen if all its parameters (scale and bias)
+  are; a layer without parameters is frozen if all parameters of the smallest module around it are.
+  Batch statistics of other layers are held still too, but how they are used is theirs: put those
+  layers in inference mode.
+
+  Args:
+    model: the network; changed in place, and again by each call, so a mask that thaws a layer sets
+      its statistics free.
+    freeze_mask: a static freeze mask over `nnx.state(model, nnx.Param)`; None takes the masks that
+      modules carry.
+  Returns:
+    The same model; its `nnx.BatchNorm` layers are still such, its state has the same paths.
+  Raises:
+    ValueError: the mask does not fit the model, or is runtime data; TypeError: it is not boolean.
+  Example:
+    >>> import jax.numpy as jnp, maskopt
+    >>> from flax import nnx
+    >>> norm = maskopt.nnx.freeze_statistics(nnx.BatchNorm(1, rngs=nnx.Rngs(0)), True)
+    >>> norm.train()
+    >>> _ = norm(jnp.array([[3.0], [5.0]]))
+    >>> norm.mean[...].tolist()
+    [0.0]
+  """
+  _carried.need_module(model, "maskopt.nnx.freeze_statistics(model)")
+  frozen = _Frozen(model, freeze_mask)
+  replaced: dict[int, nnx.BatchStat] = {}
+  for path, module in list(nnx.iter_graph(model)):
+    if isinstance(module, nnx.Module):
+      name = "/".join(map(str, path))
+      if type(module) in (nnx.BatchNorm, StillBatchNorm):
+        _still_norm(module, frozen.units(name, (module.num_features,)))  # type: ignore[attr-defined]
+      else:
+        _still_others(module, frozen, name, replaced)
+  return model
+
+
+def _still_norm(module: Any, still: StaticMask | bool) -> None:
+  # In place, for several modules may share this one; both classes have the same state.
+  if still is False:
+    module.__class__ = nnx.BatchNorm
+    if hasattr(module, _STILL):
+      delattr(module, _STILL)
+  else:
+    module.__class__ = StillBatchNorm
+    module.still = still
+
+
+def _still_others(
+  module: nnx.Module, frozen: _Frozen, path: str, replaced: dict[int, nnx.BatchStat]
+) -> None:
+  """Make the statistics of this very module still where its units are frozen."""
+  for name, stat in list(vars(module).items()):
+    if isinstance(stat, nnx.BatchStat):
+      if id(stat) not in replaced:
+        new = _statistic(stat, frozen.units(path, np.shape(stat)))
+        replaced[id(stat)] = replaced[id(new)] = new
+      setattr(module, name, replaced[id(stat)])
+
+
+def _statistic(stat: nnx.BatchStat, still: StaticMask | bool) -> nnx.BatchStat:
+  """The statistic as one that is still where said, or as an ordinary one."""
+  metadata: dict[str, Any] = {k: v for k, v in stat.get_metadata().items() if k != _STILL}
+  if still is not False:
+    return StillStat(stat.get_value(), **metadata, **{_STILL: still})  # type: ignore[arg-type]
+  return nnx.BatchStat(stat.get_value(), **metadata) if isinstance(stat, StillStat) else stat
+
+
+class _Frozen:
+  """Which units of a module are frozen."""
+
+  def __init__(self, model: Any, freeze_mask: Any):
+    params = nnx.state(model, nnx.Param)
+    if isinstance(freeze_mask, Layouts):
+      freeze_mask = _as_static(nnx.as_pure(freeze_mask).freeze_mask)
+    mask = _carried.agreed(model, params, freeze_mask, nnx.Param, _WHERE)
+    flat = _tree.flatten(params)
+    masks = _masks.resolve(mask, flat, _WHERE)
+    moving = [
+      Problem(path, "a static mask", "a runtime mask")
+      for path, m in zip(flat.paths, masks, strict=True)
+      if isinstance(m, Runtime)
+    ]
+    if moving:
+      fail(_WHERE, moving, "Build it of NumPy bools: which layer is still is part of the program.")
+    self._masks = dict(zip(flat.paths, masks, strict=True))
+    self._shapes = {p: np.shape(x) for p, x in zip(flat.paths, flat.leaves, strict=True)}
+
+  def units(self, path: str, shape: tuple[int, ...]) -> StaticMask | bool:
+    """Which elements of a statistic of that shape belong to frozen units of the module at path."""
+    own = [p for p in self._masks if _parent(p) == path]
+    if not own:
+      around = next((a for a in _tree.ancestors(path) if self._inside(a)), None)
+      return around is not None and all(_all(self._masks[p]) for p in self._inside(around))
+    if all(self._shapes[p] == shape for p in own):
+      units = np.ones(shape, np.bool_)
+      for p in own:
+        units &= np.broadcast_to(np.asarray(self._masks[p]), shape)
+      if units.any() and not units.all():
+        return StaticMask.of(units)
+      return bool(units.all())
+    return all(_all(self._masks[p]) for p in own)
+
+  def _inside(self, path: str) -> list[str]:
+    return [p for p in self._masks if _tree.covers(path, p)]
+
+
+def _parent(path: str) -> str:
+  return path.rpartition("/")[0]
+
+
+def _all(mask: LeafMask) -> bool:
+  return bool(np.all(np.asarray(mask)))
+
+
+def _as_static(freeze_mask: Any) -> Any:
+  """Bool arrays as NumPy has them, unless they are being traced."""
+  flat = _masks.flatten(freeze_mask)
+  return flat.unflatten(
+    [x if _masks.is_bool(x) or isinstance(x, core.Tracer) else np.asarray(x) for x in flat.leaves]
+  )
