@@ -204,6 +204,13 @@ def experts(p: Any, x: Any) -> Any:
   return jnp.einsum("bte,ebtf->btf", send, jax.nn.gelu(inner))
 
 
+def ragged_experts(p: Any, x: Any) -> Any:
+  sizes = jnp.asarray([3, 0, 4, 5], jnp.int32)
+  return lax.ragged_dot(
+    jnp.tanh(lax.ragged_dot(x.reshape(12, 20), p["up"], sizes)), p["down"], sizes
+  )
+
+
 def transposed_conv(p: Any, x: Any) -> Any:
   return lax.conv_transpose(x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
@@ -226,6 +233,8 @@ MODELS: dict[str, tuple[Any, dict[str, jax.Array], dict[str, Any]]] = {
     "gate": (None, [3, 9]), "up": (None, [3, 9]), "down": ([3, 9],)}),
   "experts": (experts, arrays(router=(20, 4), up=(4, 20, 40)), {"up": ([2],)}),
   "expert columns": (experts, arrays(router=(20, 4), up=(4, 20, 40)), {"up": (None, None, [5, 6])}),
+  "ragged experts": (ragged_experts, arrays(up=(4, 20, 40), down=(4, 40, 20)), {
+    "up": (None, None, [5, 6]), "down": (None, [5, 6])}),
   "transposed conv": (transposed_conv, arrays(w=(3, 20, 10)), {"w": (None, None, [4])}),
   "transposed conv taps": (transposed_conv, arrays(w=(3, 20, 10)), {"w": ([1],)}),
   "norms": (normed, arrays(w=(20, 20), scale=(20,), w2=(20, 20)), {

@@ -52,8 +52,8 @@ def _equation(eqn: Equation, outs: list[bool]) -> tuple[int, list[bool]]:
     return _dot(eqn), everything
   if name == "conv_general_dilated":
     return _conv(eqn), everything
-  if name.startswith("ragged_dot"):
-    return 2 * math.prod(shape_of(eqn.outvars[0])) * shape_of(eqn.invars[0])[-1], everything
+  if name == "ragged_dot_general":
+    return _ragged_dot(eqn), everything
   if name == "scan":
     return _scan(eqn, outs)
   if name == "cond":
@@ -77,6 +77,15 @@ def _dot(eqn: Equation) -> int:
   (summed, _), _ = eqn.params["dimension_numbers"]
   lhs = shape_of(eqn.invars[0])
   return 2 * math.prod(shape_of(eqn.outvars[0])) * math.prod(lhs[d] for d in summed)
+
+
+def _ragged_dot(eqn: Equation) -> int:
+  """Every row meets the matrix of its own group only; a dW has one block of out per group."""
+  ragged, lhs = eqn.params["ragged_dot_dimension_numbers"], shape_of(eqn.invars[0])
+  (summed, _), _ = ragged.dot_dimension_numbers
+  out = shape_of(eqn.outvars[0])
+  out = out[1:] if ragged.lhs_ragged_dimensions[0] in summed else out
+  return 2 * math.prod(out) * math.prod(lhs[d] for d in summed)
 
 
 def _conv(eqn: Equation) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _index as ix
 from ._index import Index
-from ._region import Region
+from ._region import Region, full
 from ._rule import Equation, Piece, out_shape, rebind, rule, shape_of
 
 
@@ -26,6 +26,34 @@ def dot_general(eqn: Equation, r: Region) -> Piece:
       if d not in batch and d not in summed:
         dims[d] = next(wanted)
   return Piece([Region(lhs), Region(rhs)], rebind(eqn))
+
+
+@rule("ragged_dot_general")
+def ragged_dot(eqn: Equation, r: Region) -> Piece | None:
+  """Rows in groups, each with a matrix of its own: dimensions that no group cuts are passed on.
+
+  out[i, j] = sum_k x[i, k] y[group(i), k, j]; its dW has the groups in front: out[g, k, j].
+  """
+  ragged = eqn.params["ragged_dot_dimension_numbers"]
+  (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = ragged.dot_dimension_numbers
+  lhs: list[Index] = [None] * len(shape_of(eqn.invars[0]))
+  rhs: list[Index] = [None] * len(shape_of(eqn.invars[1]))
+  grouped = ragged.lhs_ragged_dimensions[0]
+  if grouped in lhs_batch:
+    return None
+  out = (1 if grouped in lhs_sum else 0) + len(lhs_batch)
+  got: list[Index] = [None] * out
+  fixed = (*lhs_batch, *lhs_sum), (*rhs_batch, *rhs_sum, *ragged.rhs_group_dimensions)
+  for side, skipped, whole in ((lhs, fixed[0], grouped), (rhs, fixed[1], -1)):
+    for d in range(len(side)):
+      if d not in skipped:
+        side[d] = None if d == whole else r[out]
+        got.append(side[d])
+        out += 1
+  if Region(got).is_full:
+    return None
+  rest = [full(len(shape_of(v))) for v in eqn.invars[2:]]
+  return Piece([Region(lhs), Region(rhs), *rest], rebind(eqn), Region(got))
 
 
 @rule("conv_general_dilated")
