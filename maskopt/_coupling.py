@@ -32,24 +32,51 @@ def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int,
   """The optimizer's program on one leaf, shapes left out; unlike any other if it is unknown."""
   leaf = {"leaf": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
-  def step(params: Any, grads: Any) -> Any:
-    return optimizer.update(grads, optimizer.init(params), params)
+  for names in _ARGUMENTS:
 
-  try:
-    # Optax promotes; whether the caller allows that is not asked here.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-      closed = jax.make_jaxpr(step)(leaf, leaf)
-  except Exception:  # noqa: BLE001 - it needs arguments we do not have: nothing can be promised
-    return object()
-  return list(_lines(closed.jaxpr))
+    def step(params: Any, grads: Any, names: tuple[str, ...] = names) -> Any:
+      extra = {k: v for k, v in _arguments(params, grads).items() if k in names}
+      return optimizer.update(grads, optimizer.init(params), params, **extra)
+
+    try:
+      # Optax promotes; whether the caller allows that is not asked here.
+      with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return list(_lines(jax.make_jaxpr(step)(leaf, leaf).jaxpr))
+    except Exception:  # noqa: BLE001 - whatever an optimizer raises for want of an argument
+      continue
+  return object()  # it needs arguments we do not know: nothing can be promised
+
+
+# What Optax's optimizers ask of `update` by name; some refuse what they do not ask for.
+_ARGUMENTS = ((), ("value", "grad", "value_fn"), ("obj_fn",), ("grad_fn",))
+
+
+def _arguments(params: Any, grads: Any) -> dict[str, Any]:
+  def value(p: Any) -> Any:
+    return jnp.sum(p["leaf"])
+
+  return {
+    "value": value(params),
+    "grad": grads,
+    "value_fn": value,
+    "obj_fn": value,
+    "grad_fn": lambda p, _: p,
+  }
+
+
+# These only move data. A dot product of matrices flattens them first, a norm broadcasts.
+_MOVES = frozenset(["reshape", "broadcast_in_dim", "squeeze", "transpose"])
+# These too, along the leaves of a history (lbfgs), so their dimensions count the leaf's own.
+_INDEXING = frozenset(["gather", "scatter", "dynamic_slice", "dynamic_update_slice"])
 
 
 def _lines(jaxpr: jex.Jaxpr) -> Iterator[Any]:
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "reshape":  # a dot product of matrices flattens them first
-      continue
-    literals = tuple(repr(v.val) for v in eqn.invars if isinstance(v, jex.Literal))
-    yield eqn.primitive.name, literals, _reduces(eqn)
+    # Integers count steps and positions, which no leaf's number depends on.
+    literals = [repr(v.val) for v in eqn.invars if isinstance(v, jex.Literal) and _is_float(v)]
+    moves = eqn.primitive.name in _MOVES and not literals
+    if not moves and any(map(_is_float, (*eqn.invars, *eqn.outvars))):
+      yield eqn.primitive.name, literals, _reduces(eqn)
     for value in eqn.params.values():
       for inner in value if isinstance(value, (tuple, list)) else [value]:
         if isinstance(inner, jex.ClosedJaxpr):
@@ -61,6 +88,10 @@ def _lines(jaxpr: jex.Jaxpr) -> Iterator[Any]:
 def _reduces(eqn: Any) -> str:
   """How an equation folds its operand: not at all, whole, or along some dimensions."""
   axes = eqn.params.get("axes", eqn.params.get("dimension_numbers"))
-  if axes is None or eqn.primitive.name in ("transpose", "broadcast_in_dim"):
+  if axes is None or eqn.primitive.name in _INDEXING | _MOVES:
     return ""
   return "whole" if np.ndim(eqn.outvars[0].aval) == 0 else str(axes)
+
+
+def _is_float(v: Any) -> bool:
+  return jnp.issubdtype(getattr(v.aval, "dtype", np.int32), np.inexact)

@@ -1,7 +1,8 @@
 """Every gradient transformation that Optax exports, set up for one contract.
 
-An entry names its factory and the extra arguments its `update` needs. `SEES_RANK` lists those that
-see more of a leaf than its numbers; `ABSENT` says why a public name is not run.
+An entry names its factory and the extra arguments its `update` needs. `SEES_RANK` and
+`SEES_SIZE` list those that see more of a leaf than its numbers; `ABSENT` says why a public name is
+not run.
 """
 
 import functools
@@ -222,11 +223,16 @@ ABSENT = {
   "selective_transform": "freezes by itself: tests/test_failures.py compares the two",
 }
 
-# These see rank, shape or size. Scattered elements are a vector to the first, and frozen elements
-# zeros to the second, so both train otherwise there and `selective_transform` warns.
+# Some see more of a leaf than its numbers: its rank (scattered elements are a vector to them) or
+# its size (frozen elements are zeros to them). They train otherwise there, and a warning says so.
 SEES_RANK = frozenset(
-  ["adafactor", "adaptive_grad_clip", "centralize", "galore", "muon", "scale_by_galore"]
+  [
+    *("adafactor", "adaptive_grad_clip", "centralize", "galore", "muon", "scale_by_galore"),
+    *("scale_by_muon", "scale_by_sm3", "sm3"),
+    *("freeze", "masked", "multi_transform", "partition"),  # by rank in this table's own labels
+  ]
 )
+SEES_SIZE = frozenset(["adafactor", "clip_by_block_rms", "scale_by_param_block_rms"])
 
 
 def transformations():

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 import pytest
 import reference
-from optimizers import ABSENT, SEES_RANK, SLOW_EAGER, TABLE, transformations
+from optimizers import ABSENT, SEES_RANK, SEES_SIZE, SLOW_EAGER, TABLE, transformations
 from reference import View
 
 import maskopt
+from maskopt import _coupling
 
 STEPS = 20
 SHAPE = (8, 6)
@@ -272,4 +273,18 @@ def test_private_gradients_are_per_example_and_refused():
     tx.update({"w": jnp.ones((5, 3))}, tx.init(params), params)
 
 
-assert SEES_RANK <= set(TABLE)
+def test_who_sees_rank_and_size():
+  """Read from each optimizer's own program; a wrong answer is a missing or a needless warning."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*deprecated", DeprecationWarning)
+    inner = {name: _plain(entry.make()) for name, entry in TABLE.items()}
+  assert {name for name, tx in inner.items() if _coupling.sees_rank(tx)} == SEES_RANK
+  assert {name for name, tx in inner.items() if _coupling.sees_size(tx)} == SEES_SIZE
+
+
+def test_an_unreadable_optimizer_is_taken_to_see_everything():
+  def update(updates, state, params=None, *, needed, **extra):
+    return updates, state
+
+  inner = optax.GradientTransformationExtraArgs(lambda p: (), update)
+  assert _coupling.sees_rank(inner) and _coupling.sees_size(inner)
