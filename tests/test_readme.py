@@ -53,9 +53,12 @@ def blocks(text):
 
 
 def printed(block):
-  out = io.StringIO()
-  with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()):
-    names = {}
+  out, names = io.StringIO(), {}
+  with (  # as users have it, and not as strict as our own tests
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+    contextlib.redirect_stdout(io.StringIO()),
+  ):
     exec(block.prelude, names)
     with contextlib.redirect_stdout(out):
       exec(compile(block.code, block.name, "exec"), names)
