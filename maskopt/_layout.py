@@ -161,10 +161,11 @@ class Block(Layout):
     """Flat positions over the leading dimensions, and how many dimensions these are."""
     leading = self._chosen[-1] + 1
     chosen = dict(zip(self._chosen, index["dims"], strict=True))
-    flat = jnp.zeros((1,), jnp.int32)
+    # lax and not jnp: a tree of 200 leaves traces this some thousand times.
+    flat = None
     for d, n in enumerate(self.shape[:leading]):
       along = chosen[d] if d in chosen else lax.iota(jnp.int32, n)
-      flat = (flat[:, None] * n + along[None, :]).reshape(-1)
+      flat = along if flat is None else _outer_sum(flat, along, n)
     return flat, leading
 
   def take(self, x: Any, index: Index) -> Any:
@@ -181,6 +182,13 @@ class Block(Layout):
     return (
       _add_at(rows, values, x) if single and _adds(values, x) else super().add(values, x, index)
     )
+
+
+def _outer_sum(outer: Any, inner: Any, n: int) -> Any:
+  """Flat positions over one more dimension, of size n."""
+  shape = (outer.shape[0], inner.shape[0])
+  outer = lax.broadcast_in_dim(lax.mul(outer, jnp.int32(n)), shape, (0,))
+  return lax.add(outer, lax.broadcast_in_dim(inner, shape, (1,))).reshape(-1)
 
 
 def _rows_out(static: tuple[int, tuple[int, ...]], rows: Any, x: Any) -> Any:
@@ -200,13 +208,17 @@ def _gather(runs: Any, rows: Any, mode: str) -> Any:
   """`runs[rows]`, bare: jnp's indexing would wrap negative positions, one more kernel a leaf."""
   numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
   sizes = (1, runs.shape[1])
-  return lax.gather(runs, rows[:, None], numbers, sizes, mode=mode, fill_value=0, **_HINTS)
+  return lax.gather(runs, _column(rows), numbers, sizes, mode=mode, fill_value=0, **_HINTS)
+
+
+def _column(rows: Any) -> Any:
+  return lax.expand_dims(rows, (1,))
 
 
 def _scatter(scatter: Callable, runs: Any, rows: Any, values: Any, mode: str, **hints: Any) -> Any:
   """`runs[rows] = values`, or `+=`, as the given `lax` scatter has it."""
   numbers = lax.ScatterDimensionNumbers((1,), (0,), (0,))
-  return scatter(runs, rows[:, None], values, numbers, mode=mode, **(_HINTS | hints))
+  return scatter(runs, _column(rows), values, numbers, mode=mode, **(_HINTS | hints))
 
 
 @dataclasses.dataclass(frozen=True)
