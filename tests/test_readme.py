@@ -141,6 +141,27 @@ def test_optax_takes_no_array_as_a_mask(transform):
     transform({"kernel": FROZEN}).init({"kernel": jnp.asarray(WEIGHTS)})
 
 
+@pytest.mark.parametrize(
+  ("transform", "changed", "megabytes"),
+  [
+    (lambda: optax.selective_transform(adamw(), freeze_mask={"kernel": True, "b": False}), 0, 0),
+    (lambda: optax.chain(adamw(), optax.freeze({"kernel": True, "b": False})), 0, 8),
+    (lambda: optax.chain(optax.freeze({"kernel": True, "b": False}), adamw()), 1_000_000, 8),
+    (lambda: optax.masked(adamw(), {"kernel": False, "b": True}), 1_000_000, 0),
+  ],
+  ids=["selective_transform", "freeze last", "freeze first", "masked"],
+)
+def test_optax_on_a_whole_frozen_leaf(transform, changed, megabytes):
+  tx, params = transform(), {"kernel": jnp.asarray(WEIGHTS), "b": jnp.ones(2)}
+  with jax.numpy_dtype_promotion("standard"):
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+    tuned = optax.apply_updates(params, updates)
+  moved = np.asarray(tuned["kernel"]).view(np.uint32) != WEIGHTS.view(np.uint32)
+  assert np.count_nonzero(moved) == pytest.approx(changed, rel=1e-3)
+  assert round(sum(x.nbytes for x in jax.tree.leaves(state)) / MEGABYTE) == megabytes
+
+
 def test_zeroed_gradients_leak():
   changed, state = trained(optax.chain(zeroed(), adamw()))
   assert changed == 990_000
@@ -204,8 +225,23 @@ def test_nnx_filters_keep_parameters_and_not_statistics():
   report = maskopt.audit(before, model, {"norm": True, "head": False})
   assert report.ok and report.moved > 0
   assert report.drifted == ("norm/mean", "norm/var")
+  held = [x.shape for x in jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState))]
+  assert (3, 2) in held and (3,) not in held  # the head's moments, and none of the norm's
 
 
 def test_equinox_partition_takes_no_array_as_a_spec():
   with pytest.raises(ValueError, match="booleans"):
     eqx.partition({"kernel": WEIGHTS}, {"kernel": FROZEN})
+
+
+def test_equinox_partition_keeps_whole_leaves():
+  params = {"frozen": jnp.asarray(WEIGHTS), "b": jnp.ones(2)}
+  trains, still = eqx.partition(params, {"frozen": False, "b": True})
+  tx = adamw()
+  state = tx.init(trains)
+  with jax.numpy_dtype_promotion("standard"):
+    grads = jax.grad(lambda t: sum(map(jnp.sum, jax.tree.leaves(eqx.combine(t, still)))))(trains)
+    updates, state = tx.update(grads, state, trains)
+  tuned = eqx.combine(eqx.apply_updates(trains, updates), still)
+  assert tuned["frozen"] is params["frozen"] and not np.array_equal(tuned["b"], params["b"])
+  assert sum(x.nbytes for x in jax.tree.leaves(state)) < 100
