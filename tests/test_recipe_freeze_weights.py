@@ -42,7 +42,7 @@ def forward(p, pixels):
       x, p[f"{name}/kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     x = jax.nn.relu(x + p[f"{name}/bias"])
-  # Windows and not a reshape: equal pixels are many here, and whose gradient the two split otherwise.
+  # Windows and not a reshape: of equal pixels, which are many here, the first takes the gradient.
   window = (1, 2, 2, 1)
   x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
   return x.reshape(len(pixels), -1) @ p["fc/kernel"] + p["fc/bias"]

@@ -65,17 +65,17 @@ class Report:
     self.show(table)
 
   def finish(self, ok: bool, verdict: str) -> None:
-    """Say how it ended; raises `typer.Exit(1)` unless all is well."""
+    """Say how it ended, in these words if well; raises `typer.Exit(1)` if not."""
     self.facts["ok"] = ok
     if self._as_json:
       print(json.dumps(self.facts, indent=2))
     self._console.print()
-    self._console.print(Text(verdict if ok else f"FAILED: {verdict}", style=_INK[ok]))
     if not ok:
+      self._console.print(Text("FAILED: what should have held does not.", style="bold red"))
       raise typer.Exit(1)
+    self._console.print(Text(verdict, style="bold green"))
 
 
-_INK = {True: "bold green", False: "bold red"}
 _MEANING = {"kept": "green", "yes": "green", "True": "green", "False": "blue", "partial": "yellow"}
 
 
