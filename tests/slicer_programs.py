@@ -383,36 +383,68 @@ def transformer(kind: str, wrap: str = "plain", layers: int = 2) -> Case:
   return Case(grad, (params, x), demand_by(params, choose), forward + backward + again, slack)
 
 
+def transformer_scan(kind: str, wrap: str = "plain", layers: int = 3) -> Case:
+  """The blocks under `lax.scan`: every layer passes dx on whole, and shares one region."""
+  r, block = rng(), {"fused": _block_fused, "heads": _block_einsum}[kind]
+  params = jax.tree.map(lambda *x: jnp.stack(x), *[_transformer_params(kind, r)] * layers)
+  block = WRAPS[wrap](block)
+
+  def loss(p: Any, x: Any) -> Any:
+    return jnp.sum(lax.scan(lambda x, layer: (block(layer, x), None), x, p)[0] ** 2)
+
+  def choose(path: str, shape: tuple[int, ...]) -> Any:
+    if "qkv" in path:
+      return (region(shape, None, None, some(3 * E, 0.1)),)
+    if kind == "heads" and path.split("'")[1] in "qkv":
+      return (region(shape, None, None, [3]),)
+    return None
+
+  n = 2
+  linear, attention = 2 * n * T * E * E, 2 * n * T * T * E
+  least = layers * (24.3 * linear + 6 * attention)
+  least += _recompute(wrap, layers * (8 * linear + 2 * attention))
+  return Case(jax.grad(loss), (params, normal(r, n, T, E)), demand_by(params, choose), least)
+
+
 # --- embeddings ----------------------------------------------------------------------------------
-def embedding(kind: str, one_hot: bool = False) -> Case:
+def embedding(kind: str, one_hot: bool = False, wrap: str = "plain") -> Case:
   """Rows or columns of an embedding below one linear layer that trains nothing."""
   vocabulary, d, n, t = 60, 20, 4, 7
   r = rng()
   params = {"table": normal(r, vocabulary, d), "head": normal(r, d, d, scale=0.2)}
   ids = jnp.asarray(r.integers(0, vocabulary, (n, t)))
 
-  def loss(p: Any, ids: Any) -> Any:
+  def apply(p: Any, ids: Any) -> Any:
     x = jax.nn.one_hot(ids, vocabulary) @ p["table"] if one_hot else jnp.take(p["table"], ids, 0)
-    return jnp.sum(jnp.tanh(x @ p["head"]) ** 2)
+    return jnp.tanh(x @ p["head"])
+
+  def loss(p: Any, ids: Any) -> Any:
+    return jnp.sum(WRAPS[wrap](apply)(p, ids) ** 2)
 
   wanted = some(vocabulary, 0.1) if kind == "rows" else (None, some(d, 0.1))
   r_table = region((vocabulary, d), *(wanted if isinstance(wanted, tuple) else (wanted,)))
   unit, lookup = 2 * n * t * d * d, 2 * n * t * vocabulary * d if one_hot else 0
   least = unit + unit * (0.1 if kind == "columns" else 1) + lookup * 1.1
+  least += _recompute(wrap, unit + lookup)
   return Case(jax.grad(loss), (params, ids), [NONE, (r_table,)], least)
 
 
-def tied_logits() -> Case:
+def tied_logits(wrap: str = "plain") -> Case:
   """Rows of a table that is both embedding and output layer."""
   vocabulary, d, n, t = 60, 20, 4, 7
   r = rng()
   table = normal(r, vocabulary, d)
   ids = jnp.asarray(r.integers(0, vocabulary, (n, t)))
 
+  def apply(table: Any, ids: Any) -> Any:
+    return jax.nn.log_softmax(jnp.tanh(jnp.take(table, ids, axis=0)) @ table.T)
+
   def loss(table: Any, ids: Any) -> Any:
-    logits = jnp.tanh(jnp.take(table, ids, axis=0)) @ table.T
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1))
+    scores = WRAPS[wrap](apply)(table, ids)
+    return -jnp.mean(jnp.take_along_axis(scores, ids[..., None], -1))
 
   unit = 2 * n * t * vocabulary * d
   demand = (region(table.shape, some(vocabulary, 0.1)),)
-  return Case(jax.grad(loss), (table, ids), [demand], unit * (1 + 1 + 0.1))
+  # checkpointed, the forward pass runs only once: its result alone is asked by nobody
+  least = unit * (1 + 1 + 0.1)
+  return Case(jax.grad(loss), (table, ids), [demand], least)

@@ -13,6 +13,9 @@ import slicer_programs as programs
 from maskopt._slicer import ALL, NONE, Region, slice_program
 
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of what these tests do
+
+
 def block_of(whole: Any, r: Region) -> np.ndarray:
   """NumPy's own slice of an array, the oracle."""
   out = np.asarray(whole)
@@ -24,7 +27,7 @@ def block_of(whole: Any, r: Region) -> np.ndarray:
 
 def assert_sliced(fun: Callable[..., Any], demands: Any, *args: Any, tol: float = 2e-5) -> Any:
   """slice_program equals slicing the outputs of `fun`; returns the report."""
-  whole = jax.tree.leaves(jax.jit(fun)(*args))
+  whole = jax.tree.leaves(jax.jit(fun, compiler_options=QUICK)(*args))
   blocks, report = None, None
 
   def run(*args: Any) -> Any:
@@ -32,7 +35,7 @@ def assert_sliced(fun: Callable[..., Any], demands: Any, *args: Any, tol: float 
     out, report = slice_program(fun, demands, *args)
     return out
 
-  blocks = jax.jit(run)(*args)
+  blocks = jax.jit(run, compiler_options=QUICK)(*args)
   for demand, got, expected in zip(demands, blocks, whole, strict=True):
     scale = tol * max(1.0, float(np.abs(np.asarray(expected, np.float64)).max(initial=0)))
     if demand is NONE:
@@ -116,11 +119,27 @@ def test_transformer_reaches_minimum(wrap: str, kind: str) -> None:
   assert_least(programs.transformer(kind, wrap))
 
 
+@pytest.mark.parametrize("kind", ["fused", "heads"])
+@pytest.mark.parametrize("wrap", ["plain", "checkpoint"])
+def test_scanned_transformer_reaches_minimum(wrap: str, kind: str) -> None:
+  assert_least(programs.transformer_scan(kind, wrap))
+
+
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_embedding_reaches_minimum(one_hot: bool, kind: str) -> None:
-  assert_least(programs.embedding(kind, one_hot))
+@pytest.mark.parametrize("wrap", ["plain", "checkpoint"])
+def test_embedding_reaches_minimum(wrap: str, one_hot: bool, kind: str) -> None:
+  assert_least(programs.embedding(kind, one_hot, wrap))
 
 
-def test_tied_logits_reach_minimum() -> None:
-  assert_least(programs.tied_logits())
+@pytest.mark.parametrize("wrap", ["plain", "checkpoint"])
+def test_tied_logits_reach_minimum(wrap: str) -> None:
+  assert_least(programs.tied_logits(wrap))
+
+
+@pytest.mark.parametrize("wrap", ["plain", "jit", "checkpoint"])
+def test_deep_programs_stay_as_short(wrap: str) -> None:
+  case = programs.transformer("heads", wrap, layers=8)
+  whole = jax.make_jaxpr(case.grad)(*case.args)
+  sliced = jax.make_jaxpr(lambda *args: slice_program(case.grad, case.demands, *args)[0])
+  assert len(sliced(*case.args).eqns) <= 1.1 * len(whole.eqns)
