@@ -107,9 +107,9 @@ def freeze_mask(model: nnx.Module) -> dict[str, Any]:
   Example:
     >>> import numpy as np, maskopt
     >>> from flax import nnx
-    >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> layer = maskopt.nnx.MaskedLinear(2, 3, bias_freeze_mask=True, rngs=nnx.Rngs(0))
     >>> maskopt.nnx.freeze_mask(layer)
-    {'bias': False, 'kernel': False}
+    {'bias': True, 'kernel': False}
   """
   need_module(model, "maskopt.nnx.freeze_mask(model)")
   paths = _tree.flatten(nnx.state(model, nnx.Param)).paths
