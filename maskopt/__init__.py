@@ -26,6 +26,9 @@ from ._packing import pack as pack, unpack as unpack
 from ._rules import build_mask as build_mask, build_multipliers as build_multipliers
 from ._selectors import heads as heads, train_only as train_only, units as units
 
+# Change over time
+from ._migrate import migrate as migrate
+
 # Look and prove
 from .report import (
   audit as audit,

@@ -28,6 +28,13 @@ class MaskedFreezeState(NamedTuple):
   layouts: Any
 
 
+class Held(NamedTuple):
+  """Moments of frozen elements, packed; their layouts are no mask that anything works with."""
+
+  layouts: Any
+  inner_state: Any
+
+
 class SelectiveState(NamedTuple):
   """State of `selective_transform`.
 
@@ -36,12 +43,14 @@ class SelectiveState(NamedTuple):
     inner_state: the inner optimizer's state over packed values.
     masters: packed values in the master dtype where that is wider than the parameter, else
       `optax.MaskedNode`; None without `master_dtype`.
+    held: moments of elements that are frozen for now, if `maskopt.migrate` was to hold them.
   """
 
   # First, so that whoever restores a state field by field meets the mask before its arrays.
   layouts: Any
   inner_state: Any
   masters: Any
+  held: Held | None = None
 
 
 # Stands for the layouts where `optax.tree_map_params` asks for a state's structure: a leaf, so that
@@ -132,7 +141,8 @@ def selective_transform(
     trainable element (or one byte an element of a leaf that stays dense). Extra arguments shaped
     like the parameters are packed too; functions among them (a line search's `value_fn`) see full
     parameters. `update` takes `freeze_mask=`: the next value of a runtime mask, without a retrace;
-    elements that stay trainable keep their moments, newly trainable ones start anew.
+    elements that stay trainable keep their moments, newly trainable ones start anew, and under an
+    Adam as if their first gradient had always been theirs (see `migrate`): one learning rate long.
   Raises:
     ValueError: the mask does not fit the parameters, the state is another mask's, or one array
       stands at two paths.
@@ -169,18 +179,21 @@ def selective_transform(
     next_mask = extra.pop("freeze_mask", None)
     owner.check(state.layouts)
     _need_params(params, where, master_dtype, next_mask)
+
+    def inner_update(layouts: Layouts, grads: Any, inner_state: Any, values: Any) -> Any:
+      packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
+      return inner.update(grads, inner_state, values, **packed)
+
     if next_mask is not None:
-      state = _remask.remasked(inner, state, next_mask, params, where)
+      state = _remask.remasked(inner, inner_update, state, next_mask, params, updates, where)
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))
     values = None if params is None else layouts.take(params, where)
     masters = _masters.follow(state.masters, values)
-    packed, inner_state = inner.update(
-      _masters.like(masters, layouts.take(updates, where)),
-      state.inner_state,
-      _masters.over(masters, values),
-      **{k: _packed_argument(v, layouts, params, where) for k, v in extra.items()},
+    grads = _masters.like(masters, layouts.take(updates, where))
+    packed, inner_state = inner_update(
+      layouts, grads, state.inner_state, _masters.over(masters, values)
     )
     masters, targets = _masters.step(masters, packed, values)
     full = layouts.map(_outgoing, flat, packed, targets)
@@ -339,7 +352,9 @@ def mask_of(state: Any) -> Layouts:
     >>> maskopt.mask_of(tx.init({"w": jnp.ones(3)})).freeze_mask
     {'w': True}
   """
-  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts) or hasattr(x, "joined"))
+  nodes = jax.tree.leaves(
+    state, is_leaf=lambda x: isinstance(x, (Layouts, Held)) or hasattr(x, "joined")
+  )
   nodes = [x.joined() if hasattr(x, "joined") else x for x in nodes]
   found = {x.static: x for x in nodes if isinstance(x, Layouts)}
   if len(found) != 1:

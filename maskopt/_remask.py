@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from . import _choice, _masks, _masters, _packing, _tree
+from . import _carry, _choice, _masks, _masters, _packing, _thaw, _tree
 from ._errors import Problem, fail
 from ._layout import Elements, Frozen, Full
 from ._masks import Runtime
@@ -35,27 +36,47 @@ def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
   return Layouts(layouts.static, index)
 
 
-def remasked(inner: Any, state: Any, freeze_mask: Any, params: Any, where: str) -> Any:
+def remasked(
+  inner: Any,
+  inner_update: Callable[[Layouts, Any, Any, Any], Any],
+  state: Any,
+  freeze_mask: Any,
+  params: Any,
+  updates: Any,
+  where: str,
+) -> Any:
   """The state of `selective_transform` for the next mask.
 
     leaf'[k] = leaf[j] if trainable'[k] == trainable[j] else fresh[k]
 
   over every leaf of the inner state that is shaped like the packed values; `fresh` is what the
-  inner optimizer's `init` gives. Other leaves (step counts) are kept.
+  inner optimizer's `init` gives, with an Adam's moments as `_thaw` seeds them. Other leaves (step
+  counts) are kept.
   """
   old, new = state.layouts, with_mask(state.layouts, freeze_mask, where)
   values = new.take(params, where)
   fresh_masters = _masters.restart(state.masters, values)
-  fresh = inner.init(_masters.over(fresh_masters, values))
+  seen = _masters.over(fresh_masters, values)
+  fresh = inner.init(seen)
   number = _numbers(values)
   owners = optax.tree_map_params(
     inner, lambda _, n: n, fresh, number, transform_non_params=lambda _: -1
   )
+  if _thaw.nodes(fresh):
+    grads = _masters.like(fresh_masters, new.take(updates, where))
+    counts = [n.count for n in _thaw.nodes(state.inner_state)]
+
+    def seeded(start: Any) -> Any:
+      return _thaw.seeded(lambda s: inner_update(new, grads, s, seen)[1], start, counts)
+
+    fresh = jax.lax.cond(_differ(old, new), seeded, lambda start: start, fresh)
+  carry = _carries(old, new)
 
   def merged(n: int, before: Any, after: Any) -> Any:
-    if n < 0 or not isinstance(new.static.layouts[n], Elements):
+    layout = new.static.layouts[n] if n >= 0 else None
+    if layout is None or not _carry.is_per_element(layout, before):
       return before
-    return _kept(old.index[n]["flat"], new.index[n]["flat"], before, after)
+    return _carry.stacked(carry[n], layout, before, after)
 
   inner_state = jax.tree.map(merged, owners, state.inner_state, fresh)
   masters = state.masters
@@ -64,14 +85,22 @@ def remasked(inner: Any, state: Any, freeze_mask: Any, params: Any, where: str) 
   return state._replace(inner_state=inner_state, layouts=new, masters=masters)
 
 
+def _carries(old: Layouts, new: Layouts) -> list[Any]:
+  """How each leaf's values move from one value of the mask to the next."""
+  return [
+    layout and _carry.carrier(layout, before, layout, after)
+    for layout, before, after in zip(new.static.layouts, old.index, new.index, strict=True)
+  ]
+
+
+def _differ(old: Layouts, new: Layouts) -> Any:
+  """Whether the masks differ anywhere."""
+  pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+  changed = [jnp.any(a != b) for a, b in pairs if a is not b]
+  return jnp.any(jnp.stack(changed)) if changed else jnp.asarray(False)
+
+
 def _numbers(values: Any) -> Any:
   """Each packed value's position among the leaves; holes stay holes."""
   flat = _tree.flatten(values)
   return flat.unflatten([x if _tree.is_hole(x) else n for n, x in enumerate(flat.leaves)])
-
-
-def _kept(old: Any, new: Any, before: Any, after: Any) -> Any:
-  """Values at new positions: from before where the position was there already, else from after."""
-  slot = jnp.minimum(jnp.searchsorted(old, new), old.shape[0] - 1)
-  stays = jnp.expand_dims(old[slot] == new, tuple(range(1, before.ndim)))
-  return jnp.where(stays, before[slot], after)

@@ -1,0 +1,144 @@
+"""Values of one leaf from one layout to another: what both store moves over, the rest is given."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+
+from . import _choice
+from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
+
+Carry = Callable[[Any, Any], Any]
+
+_WHOLE = (Full, Dense)  # values of the leaf's own shape
+_SINGLE = (Slice, Block)  # one product of index sets
+
+
+def carrier(old: Layout, old_index: Index, new: Layout, new_index: Index) -> Carry:
+  """Return `carry(before, after)`, the new layout's values.
+
+    carry(before, after)[k] = before[j] if new trains k-th what old trains j-th else after[k]
+
+  Moved values keep their bits. Positions are compared here, once for all the values of a leaf: on
+  the host where they are known, in the graph where they are traced.
+  """
+  if isinstance(old, Frozen) or isinstance(new, Frozen):
+    return lambda before, after: after
+  if old == new and (old.digest or isinstance(old, Full)):
+    return lambda before, after: before
+  if isinstance(old, _WHOLE) and isinstance(new, _WHOLE):
+    frozen = [i["frozen"] for i in (old_index, new_index) if i]
+    return functools.partial(_selected, functools.reduce(jnp.logical_or, frozen))
+  if isinstance(old, _WHOLE):
+    return functools.partial(_taken, old, old_index, new, new_index)
+  if isinstance(new, _WHOLE):
+    return functools.partial(_put, old, old_index, new, new_index)
+  if isinstance(old, _SINGLE) and isinstance(new, _SINGLE):
+    return _between_products(old, new)
+  if isinstance(old, (Elements, *_SINGLE)) and isinstance(new, (Elements, *_SINGLE)):
+    return _between_positions(positions(old, old_index), positions(new, new_index))
+  return functools.partial(_through_leaf, old, old_index, new, new_index)
+
+
+def _selected(frozen: Any, before: Any, after: Any) -> Any:
+  return jnp.where(frozen, after, before)
+
+
+def _taken(old: Layout, old_index: Index, new: Layout, new_index: Index, *values: Any) -> Any:
+  before, after = values
+  found = new.take(before, new_index)
+  if isinstance(old, Full):
+    return found
+  frozen = jnp.broadcast_to(old_index["frozen"], old.shape).astype(jnp.uint8)
+  return jnp.where(new.take(frozen, new_index) == 0, found, after)
+
+
+def _put(old: Layout, old_index: Index, new: Layout, new_index: Index, *values: Any) -> Any:
+  before, after = values
+  found = old.put(before, after, old_index)
+  return found if isinstance(new, Full) else jnp.where(new_index["frozen"], after, found)
+
+
+def _between_products(old: Layout, new: Layout) -> Carry:
+  """Two products meet in a product, which is a block of either's values."""
+  pairs = [
+    np.intersect1d(np.asarray(a), np.asarray(b), assume_unique=True, return_indices=True)[1:]
+    for a, b in zip(old.blocks[0], new.blocks[0], strict=True)
+  ]
+  if any(len(i) == 0 for i, _ in pairs):
+    return lambda before, after: after
+  (take, here), (put, there) = (
+    _choice.block([pair[k] for pair in pairs], layout.packed_shape or (), old.dtype)
+    for k, layout in enumerate((old, new))
+  )
+
+  def carry(before: Any, after: Any) -> Any:
+    found = before if take.count == before.size else take.take(before, here)
+    return found if put.count == after.size else put.put(found, after, there)
+
+  return carry
+
+
+def positions(layout: Layout, index: Index) -> Any:
+  """Flat positions in the leaf, sorted, of packed values; NumPy unless they are traced."""
+  if isinstance(layout, Elements):
+    flat = index["flat"]
+    return flat if isinstance(flat, core.Tracer) else np.asarray(flat)
+  sets = np.ix_(*(np.asarray(s) for s in layout.blocks[0]))
+  return np.ravel_multi_index(sets, layout.shape).reshape(-1)
+
+
+def _between_positions(old: Any, new: Any) -> Carry:
+  """Match sorted positions; one that is not among the old finds a neighbour, and differs."""
+  if old.shape[0] == 0 or new.shape[0] == 0:
+    return lambda before, after: after
+  known = isinstance(old, np.ndarray) and isinstance(new, np.ndarray)
+  lib: Any = np if known else jnp
+  slot = lib.minimum(lib.searchsorted(old, new), old.shape[0] - 1)
+  stays = old[slot] == new
+  slot = slot.astype(np.int32)
+
+  def carry(before: Any, after: Any) -> Any:
+    moved = before.reshape(-1).at[slot].get(mode="promise_in_bounds", indices_are_sorted=True)
+    return jnp.where(stays, moved, after.reshape(-1)).reshape(after.shape)
+
+  return carry
+
+
+def _through_leaf(old: Layout, old_index: Index, new: Layout, new_index: Index, *v: Any) -> Any:
+  """For layouts that know no positions: write into a leaf of zeros and read it."""
+  before, after = v
+  ones = old.put(jnp.ones_like(before), jnp.zeros(old.shape, before.dtype), old_index)
+  found = old.put(before, jnp.zeros(old.shape, before.dtype), old_index)
+  return jnp.where(new.take(ones, new_index) != 0, new.take(found, new_index), after)
+
+
+def frozen(layout: Layout, index: Index) -> Any:
+  """What a layout freezes, as bools of the leaf's shape."""
+  ones = jnp.ones(layout.shape, jnp.uint8)
+  return layout.put(layout.take(ones, index), jnp.zeros_like(ones), index) == 0
+
+
+def stacked(carry: Carry, layout: Layout, before: Any, after: Any) -> Any:
+  """Carry values that stand in stacks, as L-BFGS keeps them: leading dimensions are mapped over."""
+  shape = layout.packed_shape or ()
+  extra = np.ndim(after) - len(shape)
+  for _ in range(extra):
+    carry = jax.vmap(carry)
+  return carry(before, after)
+
+
+def is_per_element(layout: Layout, value: Any) -> bool:
+  """Whether a leaf of the state has an entry for each packed value, or a stack of them."""
+  shape = layout.packed_shape
+  if shape is None:
+    return False
+  tail = np.shape(value)[max(np.ndim(value) - len(shape), 0) :]
+  return tail == shape and math.prod(np.shape(value)) % max(math.prod(shape), 1) == 0
