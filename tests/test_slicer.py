@@ -113,8 +113,11 @@ def test_nnx_recurrent_cells_are_sliced(kind: str) -> None:
   assert report.flops_sliced < 0.75 * report.flops_full
 
 
+SLOW_JIT = pytest.param("jit", marks=pytest.mark.slow)  # the same program, one call deeper
+
+
 @pytest.mark.parametrize("kind", ["fused", "heads"])
-@pytest.mark.parametrize("wrap", ["plain", "jit", "checkpoint"])
+@pytest.mark.parametrize("wrap", ["plain", SLOW_JIT, "checkpoint"])
 def test_transformer_reaches_minimum(wrap: str, kind: str) -> None:
   assert_least(programs.transformer(kind, wrap))
 
