@@ -12,7 +12,6 @@ import slicer_programs as programs
 
 from maskopt._slicer import ALL, NONE, Region, slice_program
 
-
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of what these tests do
 
 
