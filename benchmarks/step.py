@@ -1,7 +1,7 @@
 """One Adam step on a large leaf: maskopt against `optax.adam` + `where`, side by side in one run.
 
-  python benchmarks/step.py                 the table of the README, ratios and limits
-  python benchmarks/step.py --layouts       every layout at every share: what the thresholds rest on
+python benchmarks/step.py                 the table of the README, ratios and limits
+python benchmarks/step.py --layouts       every layout at every share: what the thresholds rest on
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import optax
 from timing import machine, paired_minima, stepper
 
 import maskopt
-from maskopt import _choice
 
 ADAM = optax.adam(1e-3)
 # Share -> largest allowed ratio to dense Adam + where.
@@ -105,7 +104,7 @@ def main() -> None:
   if args.layouts:
     for kind in LIMITS:
       LIMITS[kind] = dict.fromkeys((0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8))
-  print(f"One Adam step, float32 ({args.rows}, {args.cols}); {machine()}; limits on {_choice.__name__}")
+  print(f"One Adam step, float32 ({args.rows}, {args.cols}); {machine()}")
   extra = " packed ratio |" if args.layouts else ""
   print(f"| trains | share | layout | dense ms | ours ms | ratio | limit | state ratio |{extra}")
   print("| --- " * (9 if args.layouts else 8) + "|")

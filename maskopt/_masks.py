@@ -291,8 +291,8 @@ def invert(a: FreezeMask) -> FreezeMask:
     A freeze mask of the same structure and the same leaf shapes; a runtime leaf loses its count.
   Example:
     >>> import maskopt
-    >>> maskopt.invert({"kernel": True, "bias": False})
-    {'kernel': False, 'bias': True}
+    >>> maskopt.invert({"bias": False, "kernel": True})
+    {'bias': True, 'kernel': False}
   """
   if is_function(a):
     return functools.partial(_inverted_later, a)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +49,7 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
     [-0.5, -0.5]
   """
 
-  def init(params: chex.ArrayTree) -> MultiplierState:
+  def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
       return MultiplierState(0)
     flat = _tree.flatten(params)
@@ -58,7 +57,7 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
     factors = _masks.align(_tree.flatten(given), flat, _checked, _WHERE, "a multiplier")
     return MultiplierState(tuple(None if f is None else jnp.asarray(f) for f in factors))
 
-  def update(updates: Any, state: MultiplierState, params: Any = None, **extra: Any) -> Any:
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     del params, extra
     flat = _tree.flatten(updates, is_leaf=is_packed)
     if len(flat.leaves) != len(state.factors):
