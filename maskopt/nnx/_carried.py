@@ -58,6 +58,12 @@ def _unpacked(mask: StaticMask) -> np.ndarray:
   return array
 
 
+def hashable(freeze_mask: Any) -> Any:
+  """A NumPy mask as `StaticMask`; anything else as it is, for `static` to judge."""
+  is_array = isinstance(freeze_mask, np.ndarray) and freeze_mask.dtype == np.bool_
+  return StaticMask.of(freeze_mask) if is_array else freeze_mask
+
+
 def static(freeze_mask: Any, param: Any, where: str) -> StaticMask | bool:
   """The mask of one parameter as a module carries it.
 

@@ -16,10 +16,8 @@ from ._carried import SUFFIX, StaticMask
 class Masked(nnx.Module):
   """What masked layers share: attributes `<parameter>_freeze_mask`, and their own backward pass.
 
-  A mask is kept as static metadata of the module: part of its graphdef and never an array, so
-  `nnx.split`, `nnx.clone`, `copy.deepcopy` and `pickle` keep it, and a new one is a new trace. A
-  checkpoint of the state holds arrays only: restore it into a module built with the same masks, or
-  store `maskopt.nnx.freeze_mask(model)` beside it with `maskopt.save_mask`.
+  A mask is static metadata of the module and never an array: `nnx.jit` would trace an array, which
+  saves no FLOPs. A new mask is a new trace.
   """
 
   kernel_freeze_mask: StaticMask | bool
@@ -64,7 +62,9 @@ class MaskedLinear(Masked, nnx.Linear):
 
   The gradient of the input flows through frozen weights as ever. Under a plain optimizer frozen
   weights still decay and follow old momentum: `maskopt.nnx.Optimizer` reads the masks and does not
-  let them. Only reverse-mode derivatives are defined.
+  let them. Only reverse-mode derivatives are defined. Masks are part of the graphdef: `nnx.split`,
+  `nnx.clone`, `copy.deepcopy` and `pickle` keep them. A checkpoint of the state holds arrays only:
+  restore it into a layer built with the same masks, or store `maskopt.nnx.freeze_mask(model)` too.
 
   Args:
     in_features: as in `nnx.Linear`.

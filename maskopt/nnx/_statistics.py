@@ -14,12 +14,11 @@ import numpy as np
 from flax import nnx
 from jax import core
 
-from .. import _masks, _tree
-from .._errors import Problem, fail
-from .._masks import LeafMask, Runtime
+from .. import _masks
 from .._packing import Layouts
 from . import _carried
 from ._carried import StaticMask
+from ._units import Units
 
 _WHERE = "maskopt.nnx.freeze_statistics(freeze_mask=...)"
 # The name under which a module or a statistic says which of its elements are still.
@@ -100,13 +99,13 @@ def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
     [0.0]
   """
   _carried.need_module(model, "maskopt.nnx.freeze_statistics(model)")
-  frozen = _Frozen(model, freeze_mask)
+  frozen = _units(model, freeze_mask)
   replaced: dict[int, nnx.BatchStat] = {}
   for path, module in list(nnx.iter_graph(model)):
     if isinstance(module, nnx.Module):
       name = "/".join(map(str, path))
       if type(module) in (nnx.BatchNorm, StillBatchNorm):
-        _still_norm(module, frozen.units(name, (module.num_features,)))  # type: ignore[attr-defined]
+        _still_norm(module, frozen.of(name, (module.num_features,)))  # type: ignore[attr-defined]
       else:
         _still_others(module, frozen, name, replaced)
   return model
@@ -124,13 +123,13 @@ def _still_norm(module: Any, still: StaticMask | bool) -> None:
 
 
 def _still_others(
-  module: nnx.Module, frozen: _Frozen, path: str, replaced: dict[int, nnx.BatchStat]
+  module: nnx.Module, frozen: Units, path: str, replaced: dict[int, nnx.BatchStat]
 ) -> None:
   """Make the statistics of this very module still where its units are frozen."""
   for name, stat in list(vars(module).items()):
     if isinstance(stat, nnx.BatchStat):
       if id(stat) not in replaced:
-        new = _statistic(stat, frozen.units(path, np.shape(stat)))
+        new = _statistic(stat, frozen.of(path, np.shape(stat)))
         replaced[id(stat)] = replaced[id(new)] = new
       setattr(module, name, replaced[id(stat)])
 
@@ -143,51 +142,11 @@ def _statistic(stat: nnx.BatchStat, still: StaticMask | bool) -> nnx.BatchStat:
   return nnx.BatchStat(stat.get_value(), **metadata) if isinstance(stat, StillStat) else stat
 
 
-class _Frozen:
-  """Which units of a module are frozen."""
-
-  def __init__(self, model: Any, freeze_mask: Any):
-    params = nnx.state(model, nnx.Param)
-    if isinstance(freeze_mask, Layouts):
-      freeze_mask = _as_static(nnx.as_pure(freeze_mask).freeze_mask)
-    mask = _carried.agreed(model, params, freeze_mask, nnx.Param, _WHERE)
-    flat = _tree.flatten(params)
-    masks = _masks.resolve(mask, flat, _WHERE)
-    moving = [
-      Problem(path, "a static mask", "a runtime mask")
-      for path, m in zip(flat.paths, masks, strict=True)
-      if isinstance(m, Runtime)
-    ]
-    if moving:
-      fail(_WHERE, moving, "Build it of NumPy bools: which layer is still is part of the program.")
-    self._masks = dict(zip(flat.paths, masks, strict=True))
-    self._shapes = {p: np.shape(x) for p, x in zip(flat.paths, flat.leaves, strict=True)}
-
-  def units(self, path: str, shape: tuple[int, ...]) -> StaticMask | bool:
-    """Which elements of a statistic of that shape belong to frozen units of the module at path."""
-    own = [p for p in self._masks if _parent(p) == path]
-    if not own:
-      around = next((a for a in _tree.ancestors(path) if self._inside(a)), None)
-      return around is not None and all(_all(self._masks[p]) for p in self._inside(around))
-    if all(self._shapes[p] == shape for p in own):
-      units = np.ones(shape, np.bool_)
-      for p in own:
-        units &= np.broadcast_to(np.asarray(self._masks[p]), shape)
-      if units.any() and not units.all():
-        return StaticMask.of(units)
-      return bool(units.all())
-    return all(_all(self._masks[p]) for p in own)
-
-  def _inside(self, path: str) -> list[str]:
-    return [p for p in self._masks if _tree.covers(path, p)]
-
-
-def _parent(path: str) -> str:
-  return path.rpartition("/")[0]
-
-
-def _all(mask: LeafMask) -> bool:
-  return bool(np.all(np.asarray(mask)))
+def _units(model: Any, freeze_mask: Any) -> Units:
+  params = nnx.state(model, nnx.Param)
+  if isinstance(freeze_mask, Layouts):
+    freeze_mask = _as_static(nnx.as_pure(freeze_mask).freeze_mask)
+  return Units(_carried.agreed(model, params, freeze_mask, nnx.Param, _WHERE), params, _WHERE)
 
 
 def _as_static(freeze_mask: Any) -> Any:

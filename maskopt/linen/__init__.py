@@ -1,0 +1,9 @@
+"""Freezing in the words of Flax linen: its train state, its layers, its batch statistics."""
+
+from ._masked import (
+  MaskedConv as MaskedConv,
+  MaskedDense as MaskedDense,
+  MaskedEmbed as MaskedEmbed,
+)
+from ._statistics import freeze_statistics as freeze_statistics
+from ._train_state import TrainState as TrainState
