@@ -38,4 +38,7 @@ from .report import (
   summary as summary,
 )
 
+# Flax
+from . import linen as linen, nnx as nnx
+
 __version__ = "0.1.0"
