@@ -209,10 +209,12 @@ def check(name, dtype, mask, mode):
     trains = ~frozen[k]
     got, before = (np.asarray(x)[trains].astype(np.float64) for x in (after[k], params[k]))
     want = views[k].put(values, params[k])[trains].astype(np.float64)
-    assert np.isfinite(want).all(), "the reference itself diverged"
+    # In narrow floats Optax itself may diverge (bfloat16 rounds a hyperparameter 0.999 to 1) or
+    # stand still (adaptive rates begin tiny); then so must we.
+    assert np.isfinite(want).all() or dtype in reference.NARROW, "the reference itself diverged"
     step = TOLERANCE[dtype] * float(ml_dtypes.finfo(reference.REAL[dtype]).eps)
     np.testing.assert_allclose(got, want, rtol=step, atol=step * np.abs(want).max())
-    trained |= bool((got != before).any())
+    trained |= bool((got != before).any()) or dtype in reference.NARROW and (want == before).all()
   assert trained or name == "set_to_zero"
 
 
