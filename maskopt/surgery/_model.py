@@ -1,0 +1,145 @@
+"""One view of what is operated on: an nnx module, linen variables, or a bare tree of parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .. import _calls, _tree
+from .._errors import Problem, describe, fail
+from . import _attributes
+
+
+class Model:
+  """Arrays by their paths, and the way back.
+
+  Attributes:
+    source: what was given; nothing here ever changes it.
+    arrays: every array by its path, statistics and counts too.
+    params: the paths of parameters among them.
+  """
+
+  def __init__(self, source: Any) -> None:
+    self.source = source
+    self._graph: Any = None
+    state = source
+    if isinstance(source, nnx.Module):
+      self._graph, state = nnx.split(source)
+    self._flat = _tree.flatten(state)
+    self._live = [k for k, x in enumerate(self._flat.leaves) if not _tree.is_hole(x)]
+    self.arrays = {self._flat.paths[k]: self._flat.leaves[k] for k in self._live}
+    self.params = self._parameter_paths()
+
+  @property
+  def is_module(self) -> bool:
+    """Whether this is an nnx module."""
+    return self._graph is not None
+
+  @property
+  def is_variables(self) -> bool:
+    """Whether this is what linen's `init` returns."""
+    return is_variables(self.source)
+
+  def _parameter_paths(self) -> frozenset[str]:
+    if self.is_module:
+      return frozenset(_tree.flatten(nnx.state(self.source, nnx.Param)).paths)
+    if self.is_variables:
+      return frozenset(p for p in self.arrays if _tree.covers("params", p))
+    return frozenset(self.arrays)
+
+  def inside(self, path: str) -> str:
+    """The path within the network: linen variables have their collection in front of it."""
+    return path.partition("/")[2] if self.is_variables else path
+
+  def below(self, layer: str) -> list[str]:
+    """The paths of the arrays that a layer holds."""
+    return [p for p in self.arrays if _tree.covers(layer, self.inside(p)) or p == layer]
+
+  def rebuilt(self, arrays: Mapping[str, Any]) -> Any:
+    """The same model with other arrays at some paths; modules get the sizes that go with them."""
+    leaves = list(self._flat.leaves)
+    for k in self._live:
+      leaves[k] = arrays.get(self._flat.paths[k], leaves[k])
+    tree = self._flat.unflatten(leaves)
+    if not self.is_module:
+      return tree
+    module = nnx.merge(self._graph, tree)
+    _attributes.refit(module)
+    return module
+
+  def called(self, forward: Callable, arrays: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    """The outputs of the forward with these arrays, and what it left behind in a module."""
+    leaves = list(self._flat.leaves)
+    for k, x in zip(self._live, arrays, strict=True):
+      leaves[k] = x
+    tree = self._flat.unflatten(leaves)
+    if not self.is_module:
+      return forward(tree, *inputs), None
+    module = nnx.merge(self._graph, tree)
+    return forward(module, *inputs), nnx.state(module)
+
+
+def is_variables(tree: Any) -> bool:
+  """Whether a tree is what linen's `init` returns."""
+  return (
+    isinstance(tree, Mapping)
+    and not isinstance(tree, nnx.State)
+    and isinstance(tree.get("params"), Mapping)
+  )
+
+
+def parameters(source: Any) -> Any:
+  """What an optimizer trains of a model: what freeze masks and optimizer states speak of."""
+  return source["params"] if is_variables(source) else _tree.parameters(source)
+
+
+def check_layer(model: Model, layer: Any, where: str) -> list[str]:
+  """Return the arrays of a layer; raises if there are none."""
+  if not isinstance(layer, str):
+    problem = Problem("", "the path of a layer", describe(layer), TypeError)
+    fail(where, [problem], 'Write it as rules do: "encoder/dense".')
+  found = model.below(layer)
+  if not found:
+    known = dict.fromkeys(model.inside(p).rpartition("/")[0] or p for p in model.arrays)
+    remedy = f"The layers are {', '.join(list(known)[:16])}{', ...' if len(known) > 16 else ''}."
+    fail(where, [Problem(layer, "a layer with parameters", "none of that path")], remedy)
+  return found
+
+
+def forward_of(model: Model, forward: Any) -> Callable | None:
+  """The forward as a function of the model and its inputs; None if nobody said what it is."""
+  if _calls.is_linen(forward):
+    return functools.partial(_applied, forward)
+  if forward is None and model.is_module and callable(model.source):
+    return _call
+  return forward
+
+
+def _call(module: Any, *inputs: Any) -> Any:
+  return module(*inputs)
+
+
+def _applied(module: Any, tree: Any, *inputs: Any) -> Any:
+  keywords: dict[str, Any] = {}
+  if isinstance(module, functools.partial):
+    module, inputs, keywords = module.func, (*module.args, *inputs), module.keywords
+  return module.apply(tree if is_variables(tree) else {"params": tree}, *inputs, **keywords)
+
+
+def split_inputs(inputs: Any) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
+  """The arrays among example inputs, and how other arrays take their places; flags stay flags."""
+  given = inputs if isinstance(inputs, tuple) else (inputs,)
+  leaves, treedef = jax.tree.flatten(given)
+  places = [k for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+  def filled(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    new = list(leaves)
+    for k, x in zip(places, arrays, strict=True):
+      new[k] = x
+    return treedef.unflatten(new)
+
+  return [leaves[k] for k in places], filled

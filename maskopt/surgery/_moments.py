@@ -1,0 +1,202 @@
+"""An optimizer state after surgery: old elements keep their moments, new ones get fresh ones.
+
+moment'[place of i] = moment[i] if old element i was trained else init(params')[place of i]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import _freeze, _tree
+from .._errors import Problem, describe, fail
+from .._layout import Full, Index, Layout
+from .._packing import Layouts
+from . import _placement
+from ._placement import Placement
+
+_REMEDY = "Give the state that tx.init returned for these parameters, or one that followed from it."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owned:
+  """A leaf of a state that belongs to a parameter."""
+
+  number: int
+  value: Any
+
+
+def check(opt_state: Any, tx: Any, where: str) -> None:
+  """Raise unless state and transform are given together, or neither is."""
+  if (opt_state is None) != (tx is None):
+    missing = "opt_state" if opt_state is None else "tx"
+    problem = Problem(missing, "an optimizer state and its transform", "only one of them")
+    fail(where, [problem], "Give opt_state=... and tx=..., or neither.")
+
+
+def moved(
+  opt_state: Any,
+  tx: Any,
+  to: Any,
+  old_params: Any,
+  new_params: Any,
+  freeze_mask: Any,
+  placements: Mapping[str, Placement],
+  where: str,
+) -> Any:
+  """Return the state for the new parameters; None without an old one.
+
+  Args:
+    opt_state: the state of `tx` over the old parameters.
+    tx: its transform.
+    to: the transform for the new parameters, or a function of their freeze mask that returns it;
+      None for `tx`.
+    old_params: the old parameters.
+    new_params: the new parameters.
+    freeze_mask: "old frozen, new trainable", for `to`.
+    placements: where old elements stand in the new parameters.
+    where: the call that errors name.
+  """
+  if opt_state is None:
+    return None
+  if to is not None and not hasattr(to, "init"):
+    to = to(freeze_mask)
+  to = tx if to is None else to
+  old_flat, new_flat = _tree.flatten(old_params), _tree.flatten(new_params)
+  fresh = to.init(new_params)
+  old = _Slots(opt_state, tx, old_params, old_flat, where)
+  new = _Slots(fresh, to, new_params, new_flat, where)
+  old.check(where)
+  slots, known = {slot for slot, _ in old.owned}, {slot for slot, _ in new.owned}
+  if old.owned and new.owned and not (slots & known):
+    got = f"moments at {', '.join(sorted(slots))}, and not at {', '.join(sorted(known))}"
+    fail(where, [Problem("opt_state", "a state of the same optimizer", got)], _REMEDY)
+  leaves = [
+    new.leaf(key, value, old, placements) for key, value in zip(new.keys, new.leaves, strict=True)
+  ]
+  return new.treedef.unflatten(leaves)
+
+
+class _Slots:
+  """The leaves of a state by what they are: (slot, parameter) for moments, their path for others.
+
+  A slot is the path of a moment's tree in the state, without the wrapping of maskopt, so that the
+  moments of `adam` and of `selective_transform(adam)` meet.
+  """
+
+  def __init__(self, state: Any, tx: Any, params: Any, flat: _tree.Flat, where: str) -> None:
+    self.flat = flat
+    self.layouts = _layouts(state)
+    try:
+      marked = optax.tree_map_params(
+        tx, lambda x, n: _Owned(n, x), state, _numbers(params), is_leaf=_tree.is_opaque
+      )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      got = "one of other leaves"
+      fail(where, [Problem("opt_state", "a state of tx over these parameters", got)], _REMEDY)
+      raise AssertionError from error
+    found, self.treedef = jax.tree_util.tree_flatten_with_path(marked, is_leaf=_is_unit)
+    lengths = [len(p) for p in _keys(params)]
+    self.keys: list[Any] = []
+    self.leaves: list[Any] = []
+    for path, leaf in found:
+      owned = isinstance(leaf, _Owned)
+      end = len(path) - lengths[leaf.number] if owned else len(path)
+      slot = "/".join(_tree.path_of((k,)) for k in path[:end])
+      slot = "/".join(part for part in slot.split("/") if part != "inner_state")
+      self.keys.append((slot, flat.paths[leaf.number]) if owned else slot)
+      self.leaves.append(leaf)
+    self.owned = {k: x for k, x in zip(self.keys, self.leaves, strict=True) if _is_owned(x)}
+    self.others = {k: x for k, x in zip(self.keys, self.leaves, strict=True) if not _is_owned(x)}
+
+  def layout(self, leaf: _Owned) -> tuple[Layout, Index] | None:
+    """How a moment stores its elements; None if it does not have one for each."""
+    shape, own = np.shape(leaf.value), np.shape(self.flat.leaves[leaf.number])
+    if self.layouts is not None:
+      layout = self.layouts.static.layouts[leaf.number]
+      if layout is not None and layout.packed_shape == shape:
+        return layout, self.layouts.index[leaf.number]
+    return (Full(own, str(jnp.result_type(leaf.value))), {}) if shape == own else None
+
+  def check(self, where: str) -> None:
+    """Raise if a moment does not belong to its parameter."""
+    problems = [
+      Problem(
+        f"{slot}/{path}",
+        f"a moment of {np.shape(self.flat.leaves[leaf.number])}",
+        describe(leaf.value),
+      )
+      for (slot, path), leaf in self.owned.items()
+      if not _tree.is_hole(leaf.value) and self.layout(leaf) is None
+    ]
+    if problems:
+      fail(where, problems, _REMEDY)
+
+  def leaf(self, key: Any, leaf: Any, old: _Slots, placements: Mapping[str, Placement]) -> Any:
+    """One leaf of our state, with what the old state knows of it."""
+    if isinstance(leaf, Layouts):
+      return leaf
+    if not isinstance(leaf, _Owned):
+      known: Any = old.others.get(key)
+      same = np.shape(known) == np.shape(leaf) and hasattr(known, "dtype")
+      return known if same and known.dtype == jnp.result_type(leaf) else leaf
+    placement = placements.get(key[1])
+    before = old.owned.get((key[0], placement.path)) if placement else None
+    if before is None or _tree.is_hole(before.value) or _tree.is_hole(leaf.value):
+      return leaf.value
+    assert placement is not None
+    return self._moment(leaf, old, before, placement)
+
+  def _moment(self, leaf: _Owned, old: _Slots, before: _Owned, placement: Placement) -> Any:
+    into, out = self.layout(leaf), old.layout(before)
+    if into is None or out is None or jnp.result_type(before.value) != jnp.result_type(leaf.value):
+      return leaf.value
+    values, known = _dense(before.value, *out)
+    target, _ = _dense(leaf.value, *into)
+    placed = placement.into(target, placement.old_part(values))
+    kept = placement.into(np.zeros(target.shape, bool), placement.old_part(known))
+    new = _placement.like(np.where(kept, placed, target), leaf.value)
+    return new if isinstance(into[0], Full) else into[0].take(new, into[1])
+
+
+def _dense(values: Any, layout: Layout, index: Index) -> tuple[np.ndarray, np.ndarray]:
+  """The values at their places in the leaf, and which places have one."""
+  if isinstance(layout, Full):
+    return _placement.host(values), np.ones(layout.shape, bool)
+  wide = layout.put(values, jnp.zeros(layout.shape, values.dtype), index)
+  known = layout.put(
+    jnp.ones(np.shape(values), jnp.uint8), jnp.zeros(layout.shape, jnp.uint8), index
+  )
+  return _placement.host(wide), np.asarray(known) == 1
+
+
+def _layouts(state: Any) -> Layouts | None:
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts) or hasattr(x, "joined"))
+  held = any(isinstance(x, Layouts) or hasattr(x, "joined") for x in nodes)
+  return _freeze.mask_of(state) if held else None
+
+
+def _is_owned(x: Any) -> bool:
+  return isinstance(x, _Owned)
+
+
+def _is_unit(x: Any) -> bool:
+  return isinstance(x, (_Owned, Layouts)) or _tree.is_opaque(x)
+
+
+def _numbers(params: Any) -> Any:
+  """Each leaf's position; holes stay holes."""
+  flat = _tree.flatten(params)
+  return flat.unflatten([x if _tree.is_hole(x) else n for n, x in enumerate(flat.leaves)])
+
+
+def _keys(params: Any) -> list[Any]:
+  """The path of each leaf as JAX writes it."""
+  found = jax.tree_util.tree_flatten_with_path(_tree.parameters(params), is_leaf=_tree.is_opaque)
+  return [path for path, _ in found[0]]
