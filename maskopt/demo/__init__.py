@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from .digits import digits as digits
 from .freeze_weights import freeze_weights as freeze_weights
+from .keras_lstm import keras_lstm as keras_lstm
 from .multipliers import multipliers as multipliers
 from .new_units import new_units as new_units
 
@@ -29,5 +30,6 @@ app = typer.Typer(
 # The name of a demonstration is its function's, with hyphens.
 app.command()(digits)
 app.command()(freeze_weights)
+app.command()(keras_lstm)
 app.command()(multipliers)
 app.command()(new_units)
