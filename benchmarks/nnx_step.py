@@ -1,6 +1,8 @@
 """One Adam step of an nnx module: `maskopt.nnx.Optimizer` against the plain in-place path.
 
-  python benchmarks/nnx_step.py             one large kernel, then a stack of layers
+  python benchmarks/nnx_step.py             the update alone: a large kernel, a stack of layers
+  python benchmarks/nnx_step.py --train     training steps: gradient and update
+  python benchmarks/nnx_step.py --dispatch  tiny kernels: what objects cost
 
 `plain` is `jax.jit` of `tx.update` and `maskopt.apply_updates` over a tree of arrays, donated;
 `ours` is `nnx.jit` of `optimizer.update(model, grads)`, both donated; `cached` is the same through
@@ -38,6 +40,11 @@ class Stack(nnx.Module):
     self.layers = nnx.List(
       nnx.Linear(rows, cols, use_bias=False, kernel_init=zeros, rngs=rngs) for _ in range(layers)
     )
+
+  def __call__(self, x: Any) -> Any:
+    for layer in self.layers:
+      x = nnx.relu(layer(x)) + x
+    return x
 
 
 def mask_of(model: Stack, kind: str, share: float) -> dict[str, Any]:
@@ -132,19 +139,76 @@ def compare(layers: int, rows: int, cols: int, kind: str, share: float, rounds: 
   return f"| {layers} x ({rows}, {cols}) | {kind} {share:.0%} | {times} | {shown} | {verdict} |"
 
 
+def loss(model: Any, x: Any) -> Any:
+  return (model(x) ** 2).mean()
+
+
+def plain_training(model: Any, mask: Any, x: Any) -> Callable[[], Any]:
+  tx = maskopt.selective_transform(ADAM, freeze_mask=mask)
+  graphdef, params = nnx.split(model, nnx.Param)
+
+  def step(p: Any, state: Any, x: Any) -> Any:
+    grads = maskopt.grad(lambda p: loss(nnx.merge(graphdef, p), x), mask)(p)
+    updates, state = tx.update(grads, state, p)
+    return maskopt.apply_updates(p, updates), state
+
+  return stepper(step, nnx.as_pure(params), tx.init(nnx.as_pure(params)), x)
+
+
+def nnx_training(model: Any, optimizer: Any, gradient: Any, x: Any) -> Callable[[], Any]:
+  @nnx.jit(donate_argnums=(0, 1))
+  def step(model: Any, optimizer: Any, x: Any) -> None:
+    optimizer.update(model, gradient(model, x))
+
+  def run() -> Any:
+    step(model, optimizer, x)
+    return [layer.kernel[...] for layer in model.layers]
+
+  return run
+
+
+def train(layers: int, size: int, kind: str, share: float, rounds: int) -> str:
+  def fresh() -> Stack:
+    return Stack(layers, size, size)
+
+  x = jnp.asarray(np.random.default_rng(1).standard_normal((256, size), np.float32))
+  mask = mask_of(fresh(), kind, share)
+  programs = {"plain": plain_training(fresh(), mask, x)}
+  model = fresh()
+  ours = maskopt.nnx.Optimizer(model, ADAM, mask)
+  programs["ours"] = nnx_training(model, ours, maskopt.nnx.grad(loss, mask), x)
+  model = fresh()
+  flax = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+  programs["flax"] = nnx_training(model, flax, nnx.grad(loss), x)
+  best = paired_minima(programs, rounds)
+  ratio = best["ours"] / best["plain"]
+  times = " | ".join(f"{1e3 * best[name]:.2f}" for name in programs)
+  verdict = "ok" if ratio <= LIMIT else "MISSED"
+  return f"| {layers} x ({size}, {size}) | {kind} {share:.0%} | {times} | {ratio:.3f} | {verdict} |"
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--rounds", type=int, default=15)
   parser.add_argument("--size", type=int, default=8192)
   parser.add_argument("--dispatch", action="store_true", help="tiny kernels: what objects cost")
+  parser.add_argument("--train", action="store_true", help="gradient and update")
   args = parser.parse_args()
+  shares = (("rows", 0.1), ("columns", 0.1), ("scattered", 0.1), ("rows", 0.5))
+  if args.train:
+    print(f"One training step of an nnx module, batch 256, float32; {machine()}; limit {LIMIT}")
+    print("| kernels | trains | plain ms | ours ms | flax ms | ours / plain | |")
+    print("| --- " * 7 + "|")
+    for kind, share in shares:
+      print(train(8, args.size // 8, kind, share, args.rounds), flush=True)
+    return
   names = ["plain", "ours", "cached", "split", "flax"]
   print(f"One Adam step of an nnx module, float32; {machine()}; limit {LIMIT}")
   print(f"| kernels | trains | {' ms | '.join(names)} ms | ours / plain | cached | split | |")
   print("| --- " * 11 + "|")
   sizes = ((1, 64), (24, 64)) if args.dispatch else ((1, args.size), (16, args.size // 4))
   for layers, size in sizes:
-    for kind, share in (("rows", 0.1), ("columns", 0.1), ("scattered", 0.1), ("rows", 0.5)):
+    for kind, share in shares:
       print(compare(layers, size, size, kind, share, args.rounds), flush=True)
 
 

@@ -28,8 +28,9 @@ class Optimizer(nnx.Optimizer[M]):
 
   A drop-in for `flax.nnx.Optimizer`: `update(model, grads)` runs `tx` on packed values and writes
   in place on the trainable elements, under `nnx.jit`, `nnx.scan` and in either graph mode. Donate
-  the model and the optimizer to `nnx.jit` to save the copy. Weight decay, momentum and NaN
-  gradients do not move a frozen bit.
+  the model and the optimizer to `nnx.jit` to save the copy, and let `nnx.cached_partial` hold them
+  where steps are short: handling objects costs `nnx.jit` about 0.2 ms a layer. Weight decay,
+  momentum and NaN gradients do not move a frozen bit.
 
   Args:
     model: the module whose parameters train.
