@@ -18,7 +18,17 @@ from jax.extend import core
 from . import _index as ix, _region as rg
 from ._index import Index
 from ._region import Demand, Region, full
-from ._rule import Blocks, Equation, Picks, Step, has_side_effects, opened, shape_of, whole
+from ._rule import (
+  Blocks,
+  Equation,
+  Picks,
+  Step,
+  has_side_effects,
+  opened,
+  scan_parts,
+  shape_of,
+  whole,
+)
 from ._shard_map import shard_map
 
 Demands: TypeAlias = tuple[Demand, ...]
@@ -116,7 +126,8 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   """Stacked outputs are wanted alike in every iteration; unwanted carries are dropped."""
   p = eqn.params
   jaxpr, consts = opened(p["jaxpr"])
-  first, split, n_carry = p["num_consts"], p["num_consts"] + p["num_carry"], p["num_carry"]
+  first, n_carry = scan_parts(eqn, jaxpr)
+  split = first + n_carry
   shapes = [shape_of(v) for v in jaxpr.invars]
   carry = tuple(map(rg.one, outs[:n_carry], shapes[first:split]))
   stacked_shapes = [shape_of(v) for v in eqn.outvars[n_carry:]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.extend import core
 
-from ._rule import Equation, has_side_effects, is_closed, is_literal, opened, shape_of
+from ._rule import Equation, has_side_effects, is_closed, is_literal, opened, scan_parts, shape_of
 
 
 def count_flops(jaxpr: Any, wanted: Sequence[bool] | None = None) -> int:
@@ -95,13 +95,13 @@ def _conv(eqn: Equation) -> int:
 
 def _scan(eqn: Equation, outs: list[bool]) -> tuple[int, list[bool]]:
   """Length times the body, without the carries that no output and no later iteration needs."""
-  p = eqn.params
-  jaxpr, _ = opened(p["jaxpr"])
-  first, split = p["num_consts"], p["num_consts"] + p["num_carry"]
+  jaxpr, _ = opened(eqn.params["jaxpr"])
+  first, n_carry = scan_parts(eqn, jaxpr)
+  split = first + n_carry
   wanted = list(outs)
   while True:
     flops, reads = _live(jaxpr, wanted)
-    grown = [w or r for w, r in zip(wanted, reads[first:split])] + wanted[p["num_carry"] :]  # noqa: B905
+    grown = [w or r for w, r in zip(wanted, reads[first:split])] + wanted[n_carry:]  # noqa: B905
     if grown == wanted:
-      return p["length"] * flops, reads[:first] + wanted[: p["num_carry"]] + reads[split:]
+      return eqn.params["length"] * flops, reads[:first] + wanted[:n_carry] + reads[split:]
     wanted = grown

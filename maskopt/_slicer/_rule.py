@@ -119,6 +119,20 @@ def is_closed(jaxpr: Any) -> bool:
   return isinstance(jaxpr, core.ClosedJaxpr)
 
 
+def scan_parts(eqn: Equation, jaxpr: core.Jaxpr) -> tuple[int, int]:
+  """How many operands of a scan are constants, and how many its carry.
+
+  What is scanned over has one dimension less inside; the parameters that say so change with JAX.
+  """
+
+  def stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(len(shape_of(a)) > len(shape_of(b)) for a, b in pairs)
+
+  n_carry = len(eqn.outvars) - stacked(eqn.outvars, jaxpr.outvars)
+  return len(eqn.invars) - n_carry - stacked(eqn.invars, jaxpr.invars), n_carry
+
+
 def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[jax.typing.ArrayLike]]:
   """(jaxpr, constants) of an open or closed jaxpr."""
   return (jaxpr.jaxpr, jaxpr.consts) if is_closed(jaxpr) else (jaxpr, ())

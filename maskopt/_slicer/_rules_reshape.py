@@ -79,10 +79,23 @@ def _map_group(wanted: list[Index], outs: list[int], ins: list[int]) -> Mapped:
 
 @rule("reshape", "squeeze", "expand_dims")
 def reshape(eqn: Equation, r: Region) -> Piece | None:
-  a, b = shape_of(eqn.invars[0]), out_shape(eqn)
-  permuted = eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None
-  if permuted or 0 in a or any(explicit_spec(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+  shape, b = shape_of(eqn.invars[0]), out_shape(eqn)
+  if 0 in shape or any(explicit_spec(v.aval) for v in (*eqn.invars, *eqn.outvars)):
     return None
+  # A reshape may permute the dimensions first.
+  permuted = eqn.params.get("dimensions") if eqn.primitive.name == "reshape" else None
+  order = tuple(range(len(shape))) if permuted is None else tuple(permuted)
+  piece = _regrouped(tuple(shape[d] for d in order), b, r)
+  if permuted is None or piece is None:
+    return piece
+  (read,), emit, *_ = piece
+  assert isinstance(read, Region)
+  unpermuted = Region(read[order.index(d)] for d in range(len(shape)))
+  return Piece([unpermuted], lambda x: emit(lax.transpose(x, order)))
+
+
+def _regrouped(a: tuple[int, ...], b: tuple[int, ...], r: Region) -> Piece | None:
+  """The piece of a reshape from a to b in row-major order."""
   ins: list[Index] = [None] * len(a)
   middle: list[int] = []  # one dimension per group: where products are cut back to the demand
   cuts: list[tuple[int, np.ndarray, np.ndarray]] = []
