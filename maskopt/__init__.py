@@ -28,6 +28,7 @@ from ._selectors import heads as heads, train_only as train_only, units as units
 
 # Change over time
 from ._migrate import migrate as migrate
+from ._schedule import unfreeze_schedule as unfreeze_schedule
 
 # Look and prove
 from .report import (

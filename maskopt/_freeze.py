@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from . import _journal, _layout, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
-from ._masks import FreezeMask
+from ._masks import Changing, FreezeMask, Next
 from ._owner import Owner
 from ._packed import Packed, applied, dense, is_packed
 from ._packing import Layouts
@@ -86,6 +87,8 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
     [1.0, 0.5]
   """
   where = "maskopt.masked_freeze(freeze_mask=...)"
+  if isinstance(freeze_mask, Changing) and freeze_mask.mode == "runtime":
+    return freeze_mask.running(masked_freeze)
   owner = Owner(freeze_mask, where, prefer="time")
 
   def init(params: optax.Params) -> Any:
@@ -96,10 +99,13 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     del params
     owner.check(state.layouts)
-    layouts = state.layouts
-    if extra.get("freeze_mask") is not None:
-      layouts = _remask.with_mask(layouts, extra["freeze_mask"], where)
+    layouts, next_mask = state.layouts, extra.get("freeze_mask")
+    later = isinstance(next_mask, Next)
+    if next_mask is not None and not later:
+      layouts = _remask.with_mask(layouts, next_mask, where)
     zeroed = layouts.map(_zeroed_update, layouts.flat(updates, where))
+    if later:
+      layouts = _remask.changed(next_mask, lambda old, m: _remask.with_mask(old, m, where), layouts)
     return zeroed, MaskedFreezeState(layouts)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -164,6 +170,12 @@ def selective_transform(
     problem = Problem("", '"time" or "memory"', repr(prefer))
     fail("maskopt.selective_transform(prefer=...)", [problem], "Leave it out for speed.")
   inner = _with_extra_args(optimizer)
+  if isinstance(freeze_mask, Changing) and freeze_mask.mode == "runtime":
+
+    def make(mask: FreezeMask) -> optax.GradientTransformationExtraArgs:
+      return selective_transform(inner, freeze_mask=mask, prefer=prefer, master_dtype=master_dtype)
+
+    return freeze_mask.running(make)
   owner = Owner(freeze_mask, where, prefer=prefer, optimizer=inner)
 
   def init(params: optax.Params) -> Any:
@@ -184,8 +196,11 @@ def selective_transform(
       packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
       return inner.update(grads, inner_state, values, **packed)
 
-    if next_mask is not None:
-      state = _remask.remasked(inner, inner_update, state, next_mask, params, updates, where)
+    def remasked(state: SelectiveState, mask: Any, grads: Callable[[Layouts], Any]) -> Any:
+      return _remask.remasked(inner, inner_update, state, mask, params, grads, where)
+
+    if next_mask is not None and not isinstance(next_mask, Next):
+      state = remasked(state, next_mask, lambda new: new.take(updates, where))
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))
@@ -197,7 +212,11 @@ def selective_transform(
     )
     masters, targets = _masters.step(masters, packed, values)
     full = layouts.map(_outgoing, flat, packed, targets)
-    return full, state._replace(inner_state=inner_state, masters=masters)
+    state = state._replace(inner_state=inner_state, masters=masters)
+    if isinstance(next_mask, Next):
+      later = functools.partial(_remask.taken_later, layouts, updates, where)
+      state = _remask.changed(next_mask, lambda s, m: remasked(s, m, later), state)
+    return full, state
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import chex
 import jax
@@ -43,6 +43,31 @@ class Runtime:
 
   mask: jax.Array
   count: int | None = None
+
+
+class Changing:
+  """A mask of the step. At runtime it makes a transform that counts steps and swaps its own mask.
+
+  `maskopt.unfreeze_schedule` returns one; here is what a transform must know of it.
+  """
+
+  mode: Literal["static", "runtime"]
+
+  def __call__(self, params: Any) -> Any:
+    """The mask of step 0."""
+    raise NotImplementedError
+
+  def running(self, make: Callable[[Any], Any]) -> Any:
+    """The transform that `make(freeze_mask)` returns, under the mask of its own step count."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Next:
+  """A runtime mask to be put in place at the end of an update, if `when` is true."""
+
+  mask: Any
+  when: Any
 
 
 # What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank,

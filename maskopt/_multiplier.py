@@ -65,11 +65,11 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
       fail(
         _WHERE, [Problem("", f"updates of {len(state.factors)} leaves", got)], "Call init again."
       )
-    scaled = [
-      _scaled(u, factor, path)
+    leaves = [
+      scaled(u, factor, path)
       for path, u, factor in zip(flat.paths, flat.leaves, state.factors, strict=True)
     ]
-    return flat.unflatten(scaled), state
+    return flat.unflatten(leaves), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -92,7 +92,8 @@ def _checked(
   return None
 
 
-def _scaled(update: Any, factor: Any, path: str) -> Any:
+def scaled(update: Any, factor: Any, path: str) -> Any:
+  """One leaf's update times a factor, packed if the update was made of packed values."""
   if factor is None or (not is_packed(update) and _tree.is_hole(update)):
     return update
   record = update.record if is_packed(update) else _provenance.made_of.recall(update)

@@ -12,7 +12,8 @@ import optax
 from . import _carry, _choice, _masks, _masters, _packing, _thaw, _tree
 from ._errors import Problem, fail
 from ._layout import Elements, Frozen, Full
-from ._masks import Runtime
+from ._masks import Next, Runtime
+from ._packed import Packed, is_packed
 from ._packing import Layouts
 
 
@@ -42,7 +43,7 @@ def remasked(
   state: Any,
   freeze_mask: Any,
   params: Any,
-  updates: Any,
+  gradients: Callable[[Layouts], Any],
   where: str,
 ) -> Any:
   """The state of `selective_transform` for the next mask.
@@ -51,7 +52,7 @@ def remasked(
 
   over every leaf of the inner state that is shaped like the packed values; `fresh` is what the
   inner optimizer's `init` gives, with an Adam's moments as `_thaw` seeds them. Other leaves (step
-  counts) are kept.
+  counts) are kept. `gradients(layouts)` are the packed ones to seed them with.
   """
   old, new = state.layouts, with_mask(state.layouts, freeze_mask, where)
   values = new.take(params, where)
@@ -63,7 +64,7 @@ def remasked(
     inner, lambda _, n: n, fresh, number, transform_non_params=lambda _: -1
   )
   if _thaw.nodes(fresh):
-    grads = _masters.like(fresh_masters, new.take(updates, where))
+    grads = _masters.like(fresh_masters, gradients(new))
     counts = [n.count for n in _thaw.nodes(state.inner_state)]
 
     def seeded(start: Any) -> Any:
@@ -83,6 +84,26 @@ def remasked(
   if masters is not None:
     masters = jax.tree.map(merged, number, masters, fresh_masters)
   return state._replace(inner_state=inner_state, layouts=new, masters=masters)
+
+
+def changed(following: Next, change: Callable[[Any, Any], Any], state: Any) -> Any:
+  """The state after `change(state, mask)`, if it is time for the next mask."""
+  return jax.lax.cond(following.when, lambda s: change(s, following.mask), lambda s: s, state)
+
+
+def taken_later(old: Layouts, updates: Any, where: str, new: Layouts) -> Any:
+  """The gradients of one mask packed for the next; packed ones know nothing of what it thaws."""
+  flat = new.flat(updates, where)
+  carry = _carries(old, new)
+
+  def moved(leaf: Any, k: int) -> Any:
+    layout = new.static.layouts[k]
+    if not is_packed(leaf) or layout is None or layout.digest or leaf.values is None:
+      return leaf
+    return Packed(carry[k](leaf.values, jnp.zeros_like(leaf.values)), layout)
+
+  leaves = [moved(leaf, k) for k, leaf in enumerate(flat.leaves)]
+  return new.take(flat.unflatten(leaves), where)
 
 
 def _carries(old: Layouts, new: Layouts) -> list[Any]:

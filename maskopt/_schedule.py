@@ -1,0 +1,344 @@
+"""Masks that change with the step: which holds when, and a transform that changes its own."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _masks, _multiplier, _stages, _tree
+from ._errors import Problem, describe, fail
+from ._masks import Changing, Next, Runtime
+from ._packed import is_packed
+
+Mode = Literal["static", "runtime"]
+Order = Literal["up", "down", "random"]
+
+_WHERE = "maskopt.unfreeze_schedule(...)"
+
+
+class ScheduledState(NamedTuple):
+  """State of a transform whose mask is a runtime schedule.
+
+  Attributes:
+    count: updates so far.
+    masks: for each leaf that changes, its masks, one for each stage, stacked; for a function of the
+      step the present one.
+    inner_state: the state of the transform under the present mask.
+  """
+
+  count: Any
+  masks: Any
+  inner_state: Any
+
+
+class Schedule(Changing):
+  """A mask for every step: `unfreeze_schedule` makes one.
+
+  Attributes:
+    mode: "static" or "runtime".
+    starts: the first step of each stage; empty for a function of the step.
+    period: after how many steps it begins again; None if it does not.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Any] | Callable[[Any], Any],
+    starts: Sequence[int],
+    mode: Mode,
+    *,
+    period: int | None = None,
+    ends: Callable[[Any], dict[str, float]] | None = None,
+  ):
+    self._stages = stages
+    self._ends = ends
+    self.starts = tuple(starts)
+    self.mode: Mode = mode
+    self.period = period
+
+  def __repr__(self) -> str:
+    again = "" if self.period is None else f", period={self.period}"
+    shown = ", ".join(map(str, self.starts[:6])) + (", ..." if len(self.starts) > 6 else "")
+    return f"Schedule(starts=({shown}), mode={self.mode!r}{again})"
+
+  def stage(self, step: int) -> int:
+    """The number of the stage that holds at a step."""
+    step = int(step) if self.period is None else int(step) % self.period
+    return bisect.bisect_right(self.starts, step) - 1
+
+  def changes(self, step: int) -> bool:
+    """Whether the mask at a step is another than at the step before."""
+    return step > 0 and self.stage(step) != self.stage(step - 1)
+
+  def at(self, step: int) -> Any:
+    """The freeze mask that holds at a step: any form of mask, a function of the parameters too."""
+    if callable(self._stages):
+      return self._stages(step)
+    return self._stages[self.stage(step)]
+
+  def __call__(self, params: Any) -> Any:
+    """The mask of step 0: what a static schedule is when it is given as a freeze mask."""
+    return _masks.evaluate(self.at(0), params)
+
+  def scale_by_cosine(self) -> optax.GradientTransformationExtraArgs:
+    """Return the learning rates of FreezeOut, to be chained after the optimizer.
+
+    new_update = (1 + cos(pi t / t_i)) / 2 * update        until t_i, where layer i freezes
+    """
+    if self._ends is None:
+      problem = Problem("", "a schedule with freeze_out=", repr(self))
+      fail("Schedule.scale_by_cosine()", [problem], "Give the optimizer a learning-rate schedule.")
+    ends = self._ends
+
+    def init(params: Any) -> Any:
+      del params
+      return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+      del extra
+      flat = _tree.flatten(updates, is_leaf=is_packed)
+      end_of = ends(updates if params is None else params)
+
+      def factor(path: str) -> Any:
+        done = jnp.minimum(state.count.astype(jnp.float32) / end_of[path], 1.0)
+        return (1 + jnp.cos(jnp.pi * done)) / 2
+
+      pairs = zip(flat.paths, flat.leaves, strict=True)
+      leaves = [u if u is None else _multiplier.scaled(u, factor(path), path) for path, u in pairs]
+      return flat.unflatten(leaves), optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+  def running(self, make: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """The transform that `make` makes of a mask, with the mask of its own step count.
+
+    The next step's mask is chosen at the end of an update, so `mask_of(state)` is always the one
+    that the coming gradients and the coming update work with.
+    """
+    first = make(lambda params: self._first(params)[0])
+
+    def init(params: Any) -> ScheduledState:
+      masks = {} if _tree.is_placeholder(params) else self._first(_tree.parameters(params))[1]
+      return ScheduledState(jnp.zeros((), jnp.int32), masks, first.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+      count = state.count + 1
+      masks, present, changed = self._next(state, count, updates if params is None else params)
+      out, inner = first.update(
+        updates, state.inner_state, params, freeze_mask=Next(present, changed), **extra
+      )
+      return out, ScheduledState(count, masks, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+  def _first(self, params: Any) -> tuple[Any, dict[str, Any]]:
+    """The mask of step 0 with runtime leaves, and what the state keeps of the others."""
+    flat = _tree.flatten(params)
+    if callable(self._stages):
+      masks = _masks.resolve(self._stages(jnp.zeros((), jnp.int32)), params, _WHERE)
+      kept = {
+        p: jnp.asarray(m.mask)
+        for p, m in zip(flat.paths, masks, strict=True)
+        if isinstance(m, Runtime)
+      }
+      return _as_tree(flat, masks), kept
+    stages = [_masks.resolve(stage, params, _WHERE) for stage in self._stages]
+    leaves, kept = [], {}
+    for path, leaf, *masks in zip(flat.paths, flat.leaves, *stages, strict=True):
+      mask, stack = _stacked(masks, np.shape(leaf), path) if masks[0] is not None else (None, None)
+      leaves.append(mask)
+      if stack is not None:
+        kept[path] = jnp.asarray(stack)
+    return _as_tree(flat, leaves), kept
+
+  def _next(self, state: ScheduledState, count: Any, tree: Any) -> tuple[Any, Any, Any]:
+    """What the state keeps, the mask of step `count`, and whether it is another."""
+    flat = _tree.flatten(tree, is_leaf=is_packed)
+    if callable(self._stages):
+      masks = _masks.resolve(self._stages(count), tree, _WHERE)
+      kept = {p: m.mask for p, m in zip(flat.paths, masks, strict=True) if isinstance(m, Runtime)}
+      differ = [jnp.any(kept[p] != m) for p, m in state.masks.items()]
+      changed = jnp.any(jnp.stack(differ)) if differ else jnp.asarray(False)
+      return kept, _present(flat, kept), changed
+    stage, before = self._traced_stage(count), self._traced_stage(count - 1)
+    present = {path: masks[stage] for path, masks in state.masks.items()}
+    return state.masks, _present(flat, present), stage != before
+
+  def _traced_stage(self, step: Any) -> Any:
+    step = step if self.period is None else step % self.period
+    starts = jnp.asarray(self.starts[1:], jnp.int32)
+    return jnp.sum(step >= starts, dtype=jnp.int32)
+
+
+def _present(flat: _tree.Flat, masks: Mapping[str, Any]) -> Any:
+  """The runtime masks of one step; what never changes is left as it is."""
+  holes = [_tree.is_hole(x) and not is_packed(x) for x in flat.leaves]
+  leaves = [
+    None if hole else Runtime(masks[p]) if p in masks else True
+    for p, hole in zip(flat.paths, holes, strict=True)
+  ]
+  return _tree.nested(flat.paths, leaves)
+
+
+def _as_tree(flat: _tree.Flat, masks: Sequence[Any]) -> Any:
+  return _tree.nested(flat.paths, masks)
+
+
+def _stacked(masks: Sequence[Any], shape: tuple[int, ...], path: str) -> tuple[Any, Any]:
+  """One leaf's mask at step 0 and its masks in all stages; none if it never changes."""
+  if any(isinstance(m, Runtime) for m in masks):
+    problem = Problem(path, "bools or NumPy arrays in every stage", "a runtime mask")
+    fail(_WHERE, [problem], "Leave maskopt.runtime to the schedule.")
+  if all(np.array_equal(m, masks[0]) for m in masks):
+    return masks[0], None
+  common = np.broadcast_shapes(*(np.shape(m) for m in masks))
+  common = (1,) * (len(shape) - len(common)) + common
+  if math.prod(common) == 1 and math.prod(shape) > 1:  # one element on a larger leaf is refused
+    widest = int(np.argmax(shape))
+    common = tuple(n if d == widest else 1 for d, n in enumerate(shape))
+  stack = np.stack([np.broadcast_to(m, common) for m in masks])
+  times = math.prod(shape) // max(math.prod(common), 1)
+  counts = {int(np.count_nonzero(~m)) * times for m in stack}
+  count = counts.pop() if len(counts) == 1 else None
+  return Runtime(jnp.asarray(stack[0]), count), stack
+
+
+def unfreeze_schedule(
+  masks: Any = None,
+  *,
+  mode: Mode = "static",
+  layers: Any = None,
+  top_first: int | None = None,
+  freeze_out: int | None = None,
+  t0: float = 0.5,
+  rotate: int | None = None,
+  order: Order = "up",
+  train: int = 1,
+  always: Sequence[int] = (),
+  seed: int = 0,
+) -> Schedule:
+  """Return a freeze mask that changes with the step.
+
+    mask(step) = masks[the last boundary <= step]
+
+  One of four forms says when: `masks`, `top_first`, `freeze_out` or `rotate`; the last three go by
+  layers in network order.
+
+  Static: each stage is analysed and compiled by itself and pays for what it trains. Once a stage
+  begins, build the transform anew and migrate; every stage is one trace:
+
+    for step, batch in enumerate(batches):
+      if step == 0 or schedule.changes(step):
+        tx = maskopt.selective_transform(optimizer, freeze_mask=schedule.at(step))
+        grads = jax.grad(loss)(params, batch)
+        state = maskopt.migrate(state, params, to=tx, grads=grads) if step else tx.init(params)
+        train = jax.jit(functools.partial(train_step, tx))
+      params, state = train(params, state, batch)
+
+  To resume, build the transform with `schedule.at(step)` and restore into `tx.init(params)`.
+
+  Runtime: give the schedule itself as `freeze_mask`. The transform counts its updates and changes
+  the mask in the graph: one trace for all stages. A leaf that trains equally many elements in every
+  stage has packed state, any other pays in full. Its state holds all it takes to resume.
+
+  Args:
+    masks: dict or list of pairs, step -> freeze mask, beginning at step 0; or, at runtime, a
+      function of the traced step whose `maskopt.runtime` leaves change.
+    mode: "static" or "runtime".
+    layers: for the forms by layers, the layers in network order: their names, or what has them
+      (the parameters if they are numbered, an nnx or Equinox module).
+    top_first: train the last layer, and one more below it every so many steps (ULMFiT).
+    freeze_out: total steps T; layer i of 0..L freezes at t_i T, t_i = (t0 + (1 - t0) i / L)^3.
+      Chain `schedule.scale_by_cosine()` after the optimizer for the learning rates (FreezeOut).
+    t0: when the first layer freezes, before the cube.
+    rotate: train one block of layers at a time and go on every so many steps, for ever (BAdam); in
+      random order it is LISA.
+    order: "up" from the first layer, "down" from the last, "random" anew in each of 64 rounds.
+    train: layers in a block of `rotate`.
+    always: numbers of layers that `rotate` always trains, LISA's embedding and head: [0, -1].
+    seed: of the random order.
+  Returns:
+    A `Schedule`: `at(step)`, `stage(step)`, `changes(step)`; usable as `freeze_mask`, where a
+    static one is the mask of step 0.
+  Raises:
+    ValueError: no form or several, boundaries that do not ascend from 0, numbers out of range.
+    TypeError: a function of the step in static mode.
+  Example:
+    >>> import maskopt
+    >>> schedule = maskopt.unfreeze_schedule({0: {"a": True, "b": False}, 100: False})
+    >>> [schedule.changes(step) for step in (0, 99, 100)]
+    [False, False, True]
+    >>> schedule.at(99)
+    {'a': True, 'b': False}
+  References:
+    ULMFiT, arXiv 1801.06146; FreezeOut, 1706.04983; BAdam, 2404.02827; LISA, 2403.17919.
+  """
+  forms = {"masks": masks, "top_first": top_first, "freeze_out": freeze_out, "rotate": rotate}
+  _check(forms, mode, order, t0)
+  if callable(masks):
+    return Schedule(masks, (), mode)
+  if masks is not None:
+    starts, stages = _pairs(masks)
+    return Schedule(stages, starts, mode)
+  names = _stages.names_of(layers, _WHERE)
+  if top_first is not None:
+    made = _stages.top_first(names, top_first, _WHERE)
+  elif freeze_out is not None:
+    made = _stages.freeze_out(names, freeze_out, t0, _WHERE)
+  else:
+    assert rotate is not None
+    made = _stages.rotate(names, rotate, order, train, always, seed, _WHERE)
+  ends = None if made.ends is None else functools.partial(_ends, tuple(names), made.ends)
+  return Schedule(made.masks, made.starts, mode, period=made.period, ends=ends)
+
+
+def _ends(names: Sequence[str], ends: Sequence[float], params: Any) -> dict[str, float]:
+  return {path: ends[k] for path, k in _stages.owners(names, params, _WHERE).items()}
+
+
+def _check(forms: dict[str, Any], mode: Any, order: Any, t0: Any) -> None:
+  given = [name for name, value in forms.items() if value is not None]
+  problems = []
+  if len(given) != 1:
+    problems.append(Problem("", f"one of {', '.join(forms)}", ", ".join(given) or "none"))
+  problems += [
+    Problem("", f"{name}= of at least 1 step", repr(forms[name]))
+    for name in given
+    if name != "masks" and (not isinstance(forms[name], int) or forms[name] < 1)
+  ]
+  if mode not in ("static", "runtime"):
+    problems.append(Problem("", 'mode="static" or "runtime"', repr(mode)))
+  elif mode == "static" and callable(forms["masks"]):
+    got = "a function of the step, which knows no boundaries"
+    problems.append(Problem("", "boundaries and masks in static mode", got, TypeError))
+  if order not in ("up", "down", "random"):
+    problems.append(Problem("", 'order="up", "down" or "random"', repr(order)))
+  if not 0 < t0 <= 1:
+    problems.append(Problem("", "t0 between 0 and 1", repr(t0)))
+  if problems:
+    fail(_WHERE, problems, "See its docstring for the four forms.")
+
+
+def _pairs(masks: Any) -> tuple[list[int], list[Any]]:
+  """Boundaries in order, and the mask of each."""
+  remedy = "Give {0: mask, 1000: mask} or [(0, mask), (1000, mask)]."
+  try:
+    pairs = list(masks.items() if isinstance(masks, Mapping) else ((s, m) for s, m in masks))
+  except (TypeError, ValueError):
+    fail(_WHERE, [Problem("", "steps and masks", describe(masks), TypeError)], remedy)
+  steps = [s for s, _ in pairs]
+  wrong = [s for s in steps if not isinstance(s, (int, np.integer)) or isinstance(s, bool)]
+  if wrong:
+    fail(_WHERE, [Problem("", "int steps", repr(wrong[0]), TypeError)], remedy)
+  if isinstance(masks, Mapping):
+    pairs.sort(key=lambda pair: pair[0])
+    steps = sorted(steps)
+  if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    fail(_WHERE, [Problem("", "steps that ascend from 0", str(steps))], remedy)
+  return [int(s) for s in steps], [m for _, m in pairs]
