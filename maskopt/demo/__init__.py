@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from .digits import digits as digits
 from .freeze_weights import freeze_weights as freeze_weights
 from .keras_lstm import keras_lstm as keras_lstm
+from .matlab_layer import matlab_layer as matlab_layer
 from .multipliers import multipliers as multipliers
 from .new_units import new_units as new_units
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 # The name of a demonstration is its function's, with hyphens.
 app.command()(digits)
+app.command()(matlab_layer)
 app.command()(freeze_weights)
 app.command()(keras_lstm)
 app.command()(multipliers)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import maskopt
@@ -96,3 +97,15 @@ def alternate(
     params, states = both(params, states, digits, mixed)
     tick()
   return params, states
+
+
+def chosen(images: Images, index: np.ndarray) -> Images:
+  """Some of the images, in this order."""
+  return Images(images.pixels[index], images.labels[index])
+
+
+def one_round(images: Images, rng: np.random.Generator, size: int = 64) -> Iterator[Images]:
+  """Every image once, in batches of one size; the few that are left over wait for their turn."""
+  order = rng.permutation(len(images.labels))
+  for k in range(len(order) // size):
+    yield chosen(images, order[k * size : (k + 1) * size])

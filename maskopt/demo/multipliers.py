@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ from . import _data, _options
 from ._data import Images
 from ._options import Json, Seed
 from ._report import Report
-from ._ways import Tick
+from ._ways import Tick, chosen, one_round
 
 Rules = Sequence[tuple[Any, float | None]]
 LAST: Rules = [(-2, 1.0), (..., None)]
@@ -171,7 +171,7 @@ def net_train(
     best = learner.params if losses[-1] <= min(losses) else best
 
   while rounds is None or len(losses) <= rounds:
-    for batch in _one_round(rest, rng):
+    for batch in one_round(rest, rng):
       learner.step(batch)
       steps += 1
       if clock() - begin >= seconds:
@@ -186,18 +186,7 @@ def net_train(
 def _split(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
   order = rng.permutation(len(images.labels))
   held = round(share * len(order))
-  return _chosen(images, order[:held]), _chosen(images, order[held:])
-
-
-def _one_round(images: Images, rng: np.random.Generator, size: int = 64) -> Iterator[Images]:
-  """Every image once, in batches of one size; the few that are left over wait for their turn."""
-  order = rng.permutation(len(images.labels))
-  for k in range(len(order) // size):
-    yield _chosen(images, order[k * size : (k + 1) * size])
-
-
-def _chosen(images: Images, index: np.ndarray) -> Images:
-  return Images(images.pixels[index], images.labels[index])
+  return chosen(images, order[:held]), chosen(images, order[held:])
 
 
 @dataclasses.dataclass(frozen=True)
