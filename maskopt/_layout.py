@@ -316,7 +316,10 @@ def _add_at_jvp(primals: Any, tangents: Any) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _moved_bits(move: Callable, static: Any, index: Any, *arrays: Any) -> Any:
   dtype = arrays[0].dtype
-  return from_bits(move(static, index, *map(bits, arrays)), dtype)
+  moved = move(static, index, *map(bits, arrays))
+  # The barrier keeps XLA from drawing the view through the move and back into floats, as that of
+  # jaxlib 0.12 does in a loop.
+  return from_bits(lax.optimization_barrier(moved), dtype)
 
 
 @_moved_bits.defjvp
