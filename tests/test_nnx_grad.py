@@ -188,10 +188,24 @@ def test_frozen_layers_cost_no_backward_flops():
   assert flops(lambda f: maskopt.nnx.grad(f, mask)) == 3 * one + one // 4
 
 
+def test_state_and_containers_of_modules_as_arguments():
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(model)
+  mask = {"kernel": np.arange(3) < 1, "bias": True}
+  expected = nnx.grad(loss)(model)["kernel"][...]
+  expected = np.where(mask["kernel"], 0, expected)
+  of_state = maskopt.nnx.grad(lambda s: loss(nnx.merge(graphdef, s)), mask)(state)
+  np.testing.assert_allclose(of_state["kernel"][...], expected, rtol=1e-5)
+  of_dict = maskopt.nnx.grad(lambda d: loss(d["m"]), {"m": mask})({"m": model})
+  np.testing.assert_allclose(of_dict["m"]["kernel"][...], expected, rtol=1e-5)
+
+
 def test_errors_name_argument_and_module():
   model = Net(nnx.Rngs(0))
   with pytest.raises(ValueError, match="expected argnums below 1, got 1"):
     maskopt.nnx.grad(loss, argnums=1)(model)
+  with pytest.raises(ValueError, match=r"expected each of argnums once, got \[0, -1\]"):
+    maskopt.nnx.grad(loss, argnums=(0, -1))(model)
   with pytest.raises(ValueError, match="expected a tuple of 2 masks, got one of 1"):
     maskopt.nnx.grad(lambda a, b: a(X).sum(), (True,), argnums=(0, 1))(model, model)
   with pytest.raises(ValueError, match="`maskopt.nnx.grad.*at third, expected a parameter"):

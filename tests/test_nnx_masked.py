@@ -276,7 +276,7 @@ def test_mask_can_be_set_and_bad_ones_are_named():
   layer.kernel_freeze_mask = UNITS
   assert not np.any(nnx.grad(loss)(layer, data(5, 4))["kernel"][...][:, UNITS])
   for mask, error, message in (
-    (np.ones(5, bool), ValueError, r"`MaskedLinear\(kernel_freeze_mask=...\)`: at the root, "
+    (np.ones(5, bool), ValueError, r"`MaskedLinear\(kernel_freeze_mask=...\)`: at kernel, "
      r"expected bool broadcastable to \(4, 6\), got bool of shape \(5,\)"),
     (jnp.ones(6, bool), TypeError, "expected a bool or NumPy bools.*A layer's own mask is part"),
     (np.ones(6), TypeError, "expected bool broadcastable"),

@@ -46,7 +46,7 @@ def _masks(module: Any, flat: _tree.Flat) -> dict[str, Any]:
   masks: dict[str, Any] = {}
   for path, leaf in zip(flat.paths, flat.leaves, strict=True):
     where = f"{type(module).__name__}({path}{SUFFIX}=...)"
-    mask = _carried.static(given.get(path, False), leaf, where)
+    mask = _carried.static(given.get(path, False), leaf, path, where)
     masks[path] = mask if isinstance(mask, bool) else mask.array
   return masks
 

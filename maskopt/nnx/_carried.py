@@ -64,7 +64,7 @@ def hashable(freeze_mask: Any) -> Any:
   return StaticMask.of(freeze_mask) if is_array else freeze_mask
 
 
-def static(freeze_mask: Any, param: Any, where: str) -> StaticMask | bool:
+def static(freeze_mask: Any, param: Any, name: str, where: str) -> StaticMask | bool:
   """The mask of one parameter as a module carries it.
 
   Raises:
@@ -73,13 +73,13 @@ def static(freeze_mask: Any, param: Any, where: str) -> StaticMask | bool:
   if isinstance(freeze_mask, StaticMask):
     freeze_mask = freeze_mask.array
   shape = tuple(np.shape(param))
-  leaf = _tree.Flat(("",), [np.empty(shape, np.bool_)], None)
+  leaf = _tree.Flat((name,), [np.empty(shape, np.bool_)], None)
   if isinstance(freeze_mask, Runtime) or not (
     _masks.is_bool(freeze_mask) or isinstance(freeze_mask, np.ndarray)
   ):
-    problem = Problem("", f"a bool or NumPy bools for {shape}", _kind(freeze_mask), TypeError)
+    problem = Problem(name, f"a bool or NumPy bools for {shape}", _kind(freeze_mask), TypeError)
     fail(where, [problem], "A layer's own mask is part of the program: give it np.asarray(mask).")
-  (mask,) = _masks.resolve(freeze_mask, leaf, where)
+  (mask,) = _masks.resolve({name: freeze_mask}, leaf, where)
   return mask if isinstance(mask, bool) else StaticMask.of(mask)
 
 

@@ -164,12 +164,8 @@ class _Call:
     kwargs: dict[str, Any],
     has_aux: bool,
   ):
-    wrong = [n.argnum for n in numbers if not -len(args) <= n.argnum < len(args)]
-    if wrong:
-      problems = [Problem("", f"argnums below {len(args)}", str(n)) for n in wrong]
-      fail("maskopt.nnx.grad(argnums=...)", problems, "Pass differentiated arguments by position.")
     self._fun, self._has_aux, self._args = fun, has_aux, args
-    self.chosen = [n.argnum % len(args) for n in numbers]
+    self.chosen = _positions([n.argnum for n in numbers], len(args))
     rest = [x for k, x in enumerate(args) if k not in self.chosen]
     leaves, self._rest_def = jax.tree.flatten((rest, kwargs), is_leaf=_is_node)
     self._rest = [_LATER if _is_node(x) else x for x in leaves]
@@ -235,6 +231,18 @@ class _Call:
     if k not in self._modules:
       return False if given is None else given
     return _carried.agreed(self._args[k], params, given, self._filters[k], _WHERE)
+
+
+def _positions(numbers: list[int], count: int) -> list[int]:
+  """Arguments by their position among `count`, each once."""
+  problems = [
+    Problem("", f"argnums below {count}", str(n)) for n in numbers if not -count <= n < count
+  ]
+  if not problems and len({n % count for n in numbers}) < len(numbers):
+    problems = [Problem("", "each of argnums once", str(numbers))]
+  if problems:
+    fail("maskopt.nnx.grad(argnums=...)", problems, "Pass differentiated arguments by position.")
+  return [n % count for n in numbers]
 
 
 def _within(i: int, wanted: Any) -> Callable[[Any, Any], bool]:

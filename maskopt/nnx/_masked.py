@@ -33,7 +33,7 @@ class Masked(nnx.Module):
     where, attribute = f"{type(self).__name__}({name}=...)", name.removesuffix(SUFFIX)
     param = getattr(self, attribute, None)
     if isinstance(param, nnx.Variable):
-      return _carried.static(mask, param, where)
+      return _carried.static(mask, param, attribute, where)
     if mask is not False:
       remedy = "Leave the mask out, or build the layer with that parameter."
       fail(where, [Problem(attribute, "a parameter", "none")], remedy)
