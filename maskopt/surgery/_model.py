@@ -19,6 +19,7 @@ class Model:
 
   Attributes:
     source: what was given; nothing here ever changes it.
+    flat: its paths and leaves, holes included.
     arrays: every array by its path, statistics and counts too.
     params: the paths of parameters among them.
   """
@@ -29,9 +30,9 @@ class Model:
     state = source
     if isinstance(source, nnx.Module):
       self._graph, state = nnx.split(source)
-    self._flat = _tree.flatten(state)
-    self._live = [k for k, x in enumerate(self._flat.leaves) if not _tree.is_hole(x)]
-    self.arrays = {self._flat.paths[k]: self._flat.leaves[k] for k in self._live}
+    self.flat = _tree.flatten(state)
+    self._live = [k for k, x in enumerate(self.flat.leaves) if not _tree.is_hole(x)]
+    self.arrays = {self.flat.paths[k]: self.flat.leaves[k] for k in self._live}
     self.params = self._parameter_paths()
 
   @property
@@ -61,10 +62,10 @@ class Model:
 
   def rebuilt(self, arrays: Mapping[str, Any]) -> Any:
     """The same model with other arrays at some paths; modules get the sizes that go with them."""
-    leaves = list(self._flat.leaves)
+    leaves = list(self.flat.leaves)
     for k in self._live:
-      leaves[k] = arrays.get(self._flat.paths[k], leaves[k])
-    tree = self._flat.unflatten(leaves)
+      leaves[k] = arrays.get(self.flat.paths[k], leaves[k])
+    tree = self.flat.unflatten(leaves)
     if not self.is_module:
       return tree
     module = nnx.merge(self._graph, tree)
@@ -73,10 +74,10 @@ class Model:
 
   def called(self, forward: Callable, arrays: Sequence[Any], inputs: Sequence[Any]) -> Any:
     """The outputs of the forward with these arrays, and what it left behind in a module."""
-    leaves = list(self._flat.leaves)
+    leaves = list(self.flat.leaves)
     for k, x in zip(self._live, arrays, strict=True):
       leaves[k] = x
-    tree = self._flat.unflatten(leaves)
+    tree = self.flat.unflatten(leaves)
     if not self.is_module:
       return forward(tree, *inputs), None
     module = nnx.merge(self._graph, tree)

@@ -56,7 +56,7 @@ def _main(layer: str, shapes: dict[str, tuple[int, ...]], model: Model) -> str |
       return found[0] if len(owners) == 1 else None
   named = [p for p in shapes if model.inside(p) in [_tree.join(layer, n) for n in _KERNELS]]
   wide = [p for p, shape in shapes.items() if len(shape) > 1]
-  found = named or wide
+  found = named or wide or list(shapes)
   return found[0] if len(found) == 1 else None
 
 
