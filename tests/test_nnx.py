@@ -195,13 +195,14 @@ def test_one_trace_for_many_steps_and_state_is_packed():
   assert mu["first"]["kernel"].shape == (4, 2)
   assert mu["second"]["kernel"].ndim == 1
   assert not jax.tree.leaves(mu["first"]["bias"])
-  assert maskopt.mask_of(optimizer.opt_state).freeze_mask["first"]["bias"] is True
+  layouts = maskopt.mask_of(nnx.as_pure(optimizer.opt_state))
+  assert np.array_equal(layouts.freeze_mask["second"]["kernel"], MASK["second"]["kernel"])
 
 
 def test_in_place_path_is_taken_under_jit():
   """The compiled step touches fewer bytes than the kernel has: no dense update is built."""
   model = nnx.Linear(512, 512, rngs=nnx.Rngs(0))
-  mask = {"kernel": RNG.random((512, 512)) >= 0.001, "bias": True}
+  mask = {"kernel": np.random.default_rng(1).random((512, 512)) >= 0.001, "bias": True}
   optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), mask, prefer="memory")
   graphdef, state = nnx.split((model, optimizer))
 
@@ -273,7 +274,7 @@ def test_sharding_labels_of_packed_leaves_are_dropped():
   init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
   with jax.set_mesh(jax.make_mesh((2,), ("model",), (jax.sharding.AxisType.Auto,))):
     model = nnx.Linear(8, 6, kernel_init=init, rngs=nnx.Rngs(0))
-    mask = {"kernel": RNG.random((8, 6)) < 0.9, "bias": False}
+    mask = {"kernel": np.arange(48).reshape(8, 6) % 7 > 0, "bias": False}
     optimizer = maskopt.nnx.Optimizer(model, optax.adam(0.1), mask, prefer="memory")
     optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 8))).sum())(model))
   mu = optimizer.opt_state.inner_state[0].mu["kernel"]
