@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from . import _journal, _layout, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
-from ._masks import Changing, FreezeMask, Next
+from ._masks import Changing, FreezeMask, Turn
 from ._owner import Owner
 from ._packed import Packed, applied, dense, is_packed
 from ._packing import Layouts
@@ -100,12 +99,9 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
     del params
     owner.check(state.layouts)
     layouts, next_mask = state.layouts, extra.get("freeze_mask")
-    later = isinstance(next_mask, Next)
-    if next_mask is not None and not later:
-      layouts = _remask.with_mask(layouts, next_mask, where)
+    if next_mask is not None:
+      layouts = _remask.turned(layouts, next_mask, where)
     zeroed = layouts.map(_zeroed_update, layouts.flat(updates, where))
-    if later:
-      layouts = _remask.changed(next_mask, lambda old, m: _remask.with_mask(old, m, where), layouts)
     return zeroed, MaskedFreezeState(layouts)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -196,11 +192,13 @@ def selective_transform(
       packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
       return inner.update(grads, inner_state, values, **packed)
 
-    def remasked(state: SelectiveState, mask: Any, grads: Callable[[Layouts], Any]) -> Any:
-      return _remask.remasked(inner, inner_update, state, mask, params, grads, where)
+    def remasked(state: SelectiveState, mask: Any) -> SelectiveState:
+      return _remask.remasked(inner, inner_update, state, mask, params, updates, where)
 
-    if next_mask is not None and not isinstance(next_mask, Next):
-      state = remasked(state, next_mask, lambda new: new.take(updates, where))
+    if isinstance(next_mask, Turn):
+      state = _remask.once(next_mask.when, lambda s: remasked(s, next_mask.mask()), state)
+    elif next_mask is not None:
+      state = remasked(state, next_mask)
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))
@@ -213,9 +211,6 @@ def selective_transform(
     masters, targets = _masters.step(masters, packed, values)
     full = layouts.map(_outgoing, flat, packed, targets)
     state = state._replace(inner_state=inner_state, masters=masters)
-    if isinstance(next_mask, Next):
-      later = functools.partial(_remask.taken_later, layouts, updates, where)
-      state = _remask.changed(next_mask, lambda s, m: remasked(s, m, later), state)
     return full, state
 
   return optax.GradientTransformationExtraArgs(init, update)

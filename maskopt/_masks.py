@@ -63,10 +63,15 @@ class Changing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Next:
-  """A runtime mask to be put in place at the end of an update, if `when` is true."""
+class Turn:
+  """The next value of a runtime mask, if it is another.
 
-  mask: Any
+  Attributes:
+    mask: a function without arguments that returns it, so that only a change pays for it.
+    when: whether it is another.
+  """
+
+  mask: Callable[[], Any]
   when: Any
 
 

@@ -12,8 +12,7 @@ import optax
 from . import _carry, _choice, _masks, _masters, _packing, _thaw, _tree
 from ._errors import Problem, fail
 from ._layout import Elements, Frozen, Full
-from ._masks import Next, Runtime
-from ._packed import Packed, is_packed
+from ._masks import Runtime, Turn
 from ._packing import Layouts
 
 
@@ -37,13 +36,20 @@ def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
   return Layouts(layouts.static, index)
 
 
+def turned(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
+  """The same layouts with a mask that has its next value, or may have."""
+  if isinstance(freeze_mask, Turn):
+    return once(freeze_mask.when, lambda x: with_mask(x, freeze_mask.mask(), where), layouts)
+  return with_mask(layouts, freeze_mask, where)
+
+
 def remasked(
   inner: Any,
   inner_update: Callable[[Layouts, Any, Any, Any], Any],
   state: Any,
   freeze_mask: Any,
   params: Any,
-  gradients: Callable[[Layouts], Any],
+  updates: Any,
   where: str,
 ) -> Any:
   """The state of `selective_transform` for the next mask.
@@ -52,7 +58,7 @@ def remasked(
 
   over every leaf of the inner state that is shaped like the packed values; `fresh` is what the
   inner optimizer's `init` gives, with an Adam's moments as `_thaw` seeds them. Other leaves (step
-  counts) are kept. `gradients(layouts)` are the packed ones to seed them with.
+  counts) are kept.
   """
   old, new = state.layouts, with_mask(state.layouts, freeze_mask, where)
   values = new.take(params, where)
@@ -64,7 +70,7 @@ def remasked(
     inner, lambda _, n: n, fresh, number, transform_non_params=lambda _: -1
   )
   if _thaw.nodes(fresh):
-    grads = _masters.like(fresh_masters, gradients(new))
+    grads = _masters.like(fresh_masters, new.take(updates, where))
     counts = [n.count for n in _thaw.nodes(state.inner_state)]
 
     def seeded(start: Any) -> Any:
@@ -86,24 +92,16 @@ def remasked(
   return state._replace(inner_state=inner_state, layouts=new, masters=masters)
 
 
-def changed(following: Next, change: Callable[[Any, Any], Any], state: Any) -> Any:
-  """The state after `change(state, mask)`, if it is time for the next mask."""
-  return jax.lax.cond(following.when, lambda s: change(s, following.mask), lambda s: s, state)
+def once(when: Any, change: Callable[[Any], Any], state: Any) -> Any:
+  """`change(state)` if `when`, else the state.
 
+  A loop of one turn or none: XLA hands on a loop's state in place, but copies a conditional's.
+  """
 
-def taken_later(old: Layouts, updates: Any, where: str, new: Layouts) -> Any:
-  """The gradients of one mask packed for the next; packed ones know nothing of what it thaws."""
-  flat = new.flat(updates, where)
-  carry = _carries(old, new)
+  def turn(carry: Any) -> Any:
+    return jnp.zeros_like(carry[0]), change(carry[1])
 
-  def moved(leaf: Any, k: int) -> Any:
-    layout = new.static.layouts[k]
-    if not is_packed(leaf) or layout is None or layout.digest or leaf.values is None:
-      return leaf
-    return Packed(carry[k](leaf.values, jnp.zeros_like(leaf.values)), layout)
-
-  leaves = [moved(leaf, k) for k, leaf in enumerate(flat.leaves)]
-  return new.take(flat.unflatten(leaves), where)
+  return jax.lax.while_loop(lambda carry: carry[0], turn, (when, state))[1]
 
 
 def _carries(old: Layouts, new: Layouts) -> list[Any]:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _masks, _multiplier, _stages, _tree
+from . import _masks, _multiplier, _remask, _stages, _tree
 from ._errors import Problem, describe, fail
-from ._masks import Changing, Next, Runtime
+from ._freeze import mask_of
+from ._masks import Changing, Runtime, Turn
 from ._packed import is_packed
+from ._packing import Layouts
 
 Mode = Literal["static", "runtime"]
 Order = Literal["up", "down", "random"]
@@ -28,14 +30,27 @@ class ScheduledState(NamedTuple):
 
   Attributes:
     count: updates so far.
+    stage: the stage of the coming update.
+    placed: the stage whose mask `inner_state` works with; the coming update takes it to `stage`.
     masks: for each leaf that changes, its masks, one for each stage, stacked; for a function of the
-      step the present one.
-    inner_state: the state of the transform under the present mask.
+      step only the coming one.
+    inner_state: the state of the transform.
   """
 
   count: Any
+  stage: Any
+  placed: Any
   masks: Any
   inner_state: Any
+
+  def joined(self) -> Layouts:
+    """The freeze mask of the coming update; `mask_of` finds it."""
+    layouts = mask_of(self.inner_state)
+    return _remask.turned(layouts, self.turn(layouts.static.paths), _WHERE)
+
+  def turn(self, paths: Sequence[str]) -> Turn:
+    """The mask of the coming update, if it is not in place."""
+    return Turn(lambda: _present(paths, self.masks, self.stage), self.stage != self.placed)
 
 
 class Schedule(Changing):
@@ -118,36 +133,32 @@ class Schedule(Changing):
   def running(self, make: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
     """The transform that `make` makes of a mask, with the mask of its own step count.
 
-    The next step's mask is chosen at the end of an update, so `mask_of(state)` is always the one
-    that the coming gradients and the coming update work with.
+    The coming update puts the coming mask in place, before all else: an array that is read first
+    and then replaced would be copied at every step. `mask_of(state)` looks ahead.
     """
     first = make(lambda params: self._first(params)[0])
 
     def init(params: Any) -> ScheduledState:
       masks = {} if _tree.is_placeholder(params) else self._first(_tree.parameters(params))[1]
-      return ScheduledState(jnp.zeros((), jnp.int32), masks, first.init(params))
+      count, stage, placed = (jnp.zeros((), jnp.int32) for _ in range(3))
+      return ScheduledState(count, stage, placed, masks, first.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+      flat = _tree.flatten(updates if params is None else params, is_leaf=is_packed)
+      turn = state.turn(flat.paths)
+      out, inner = first.update(updates, state.inner_state, params, freeze_mask=turn, **extra)
       count = state.count + 1
-      masks, present, changed = self._next(state, count, updates if params is None else params)
-      out, inner = first.update(
-        updates, state.inner_state, params, freeze_mask=Next(present, changed), **extra
-      )
-      return out, ScheduledState(count, masks, inner)
+      stage, masks = self._coming(state, count, flat)
+      return out, ScheduledState(count, stage, state.stage, masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
   def _first(self, params: Any) -> tuple[Any, dict[str, Any]]:
-    """The mask of step 0 with runtime leaves, and what the state keeps of the others."""
+    """The mask of step 0 with runtime leaves, and their masks in all stages."""
     flat = _tree.flatten(params)
     if callable(self._stages):
       masks = _masks.resolve(self._stages(jnp.zeros((), jnp.int32)), params, _WHERE)
-      kept = {
-        p: jnp.asarray(m.mask)
-        for p, m in zip(flat.paths, masks, strict=True)
-        if isinstance(m, Runtime)
-      }
-      return _as_tree(flat, masks), kept
+      return _tree.nested(flat.paths, masks), _kept(flat, masks)
     stages = [_masks.resolve(stage, params, _WHERE) for stage in self._stages]
     leaves, kept = [], {}
     for path, leaf, *masks in zip(flat.paths, flat.leaves, *stages, strict=True):
@@ -155,20 +166,16 @@ class Schedule(Changing):
       leaves.append(mask)
       if stack is not None:
         kept[path] = jnp.asarray(stack)
-    return _as_tree(flat, leaves), kept
+    return _tree.nested(flat.paths, leaves), kept
 
-  def _next(self, state: ScheduledState, count: Any, tree: Any) -> tuple[Any, Any, Any]:
-    """What the state keeps, the mask of step `count`, and whether it is another."""
-    flat = _tree.flatten(tree, is_leaf=is_packed)
-    if callable(self._stages):
-      masks = _masks.resolve(self._stages(count), tree, _WHERE)
-      kept = {p: m.mask for p, m in zip(flat.paths, masks, strict=True) if isinstance(m, Runtime)}
-      differ = [jnp.any(kept[p] != m) for p, m in state.masks.items()]
-      changed = jnp.any(jnp.stack(differ)) if differ else jnp.asarray(False)
-      return kept, _present(flat, kept), changed
-    stage, before = self._traced_stage(count), self._traced_stage(count - 1)
-    present = {path: masks[stage] for path, masks in state.masks.items()}
-    return state.masks, _present(flat, present), stage != before
+  def _coming(self, state: ScheduledState, count: Any, flat: _tree.Flat) -> tuple[Any, Any]:
+    """The stage of step `count`, and the masks the state keeps."""
+    if not callable(self._stages):
+      return self._traced_stage(count), state.masks
+    kept = _kept(flat, _masks.resolve(self._stages(count), flat, _WHERE))
+    differ = [jnp.any(kept[path] != mask) for path, mask in state.masks.items()]
+    changed = jnp.any(jnp.stack(differ)) if differ else jnp.asarray(False)
+    return state.stage + changed.astype(jnp.int32), kept
 
   def _traced_stage(self, step: Any) -> Any:
     step = step if self.period is None else step % self.period
@@ -176,18 +183,21 @@ class Schedule(Changing):
     return jnp.sum(step >= starts, dtype=jnp.int32)
 
 
-def _present(flat: _tree.Flat, masks: Mapping[str, Any]) -> Any:
-  """The runtime masks of one step; what never changes is left as it is."""
-  holes = [_tree.is_hole(x) and not is_packed(x) for x in flat.leaves]
-  leaves = [
-    None if hole else Runtime(masks[p]) if p in masks else True
-    for p, hole in zip(flat.paths, holes, strict=True)
-  ]
-  return _tree.nested(flat.paths, leaves)
+def _kept(flat: _tree.Flat, masks: Sequence[Any]) -> dict[str, Any]:
+  """The runtime masks of one step, as a stack of one."""
+  found = zip(flat.paths, masks, strict=True)
+  return {path: m.mask[None] for path, m in found if isinstance(m, Runtime)}
 
 
-def _as_tree(flat: _tree.Flat, masks: Sequence[Any]) -> Any:
-  return _tree.nested(flat.paths, masks)
+def _present(paths: Sequence[str], masks: Mapping[str, Any], stage: Any) -> Any:
+  """The runtime masks of one stage; what never changes is left as it is."""
+
+  def chosen(path: str) -> Any:
+    if path not in masks:
+      return True
+    return Runtime(masks[path][jnp.minimum(stage, masks[path].shape[0] - 1)])
+
+  return _tree.nested(paths, [chosen(path) for path in paths])
 
 
 def _stacked(masks: Sequence[Any], shape: tuple[int, ...], path: str) -> tuple[Any, Any]:
