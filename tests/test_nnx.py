@@ -372,3 +372,24 @@ def test_runtime_mask_changes_without_a_retrace():
     moved = (before != np.array(model.kernel[...])).any(axis=0)
     assert moved.tolist() == [j == k for j in range(3)]
   assert len(traces) == 1
+
+
+def test_a_schedule_at_runtime_thaws_in_one_trace():
+  schedule = maskopt.unfreeze_schedule(
+    {0: {"first": True, "second": False}, 2: False}, mode="runtime"
+  )
+  model = Net(nnx.Rngs(0))
+  optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), schedule)
+  traces = []
+
+  @nnx.jit
+  def step(model, optimizer):
+    traces.append(1)
+    optimizer.update(model, nnx.grad(loss)(model))
+
+  moved = []
+  for _ in range(4):
+    before = np.array(model.first.kernel[...])
+    step(model, optimizer)
+    moved.append(not same_bits(before, np.array(model.first.kernel[...])).all())
+  assert moved == [False, False, True, True] and len(traces) == 1

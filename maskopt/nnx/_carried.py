@@ -17,7 +17,7 @@ from jax import core
 
 from .. import _masks, _tree
 from .._errors import Problem, fail
-from .._masks import LeafMask, Runtime
+from .._masks import Changing, LeafMask, Runtime
 from .._packing import Layouts
 from . import _ties
 
@@ -152,7 +152,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   Args:
     model: what holds the parameters.
     params: its state of the kinds `wrt`.
-    given: a freeze mask over params, `Layouts`, or None.
+    given: a freeze mask over params, `Layouts`, or None; of a schedule, step 0 is checked.
     wrt: the filter that chose them.
     where: the call that errors name.
   Raises:
@@ -164,9 +164,9 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   own = _by_path(model)
   if given is None:
     return _tree.nested(flat.paths, [own.get(path, False) for path in flat.paths])
-  given = _ties.renamed(_masks.evaluate(given, params), model, flat.paths, where)
-  _check_wrt(given, flat, model, wrt, where)
-  masks = _masks.resolve(given, flat, where)
+  now = _ties.renamed(_masks.evaluate(given, params), model, flat.paths, where)
+  _check_wrt(now, flat, model, wrt, where)
+  masks = _masks.resolve(now, flat, where)
   problems = [
     Problem(path, f"{what} frozen, as the module's own mask says", "a mask that trains some")
     for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True)
@@ -175,7 +175,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   if problems:
     remedy = "Combine both: maskopt.union(maskopt.nnx.freeze_mask(model), freeze_mask)."
     fail(where, problems, remedy)
-  return given
+  return given if isinstance(given, Changing) else now
 
 
 def _contradiction(own: Any, mask: LeafMask, shape: tuple[int, ...]) -> str:
