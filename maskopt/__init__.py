@@ -16,12 +16,8 @@ from ._grad import grad as grad, value_and_grad as value_and_grad
 from ._stop_gradient import stop_gradient as stop_gradient
 
 # Masks
-from ._masks import (
-  intersection as intersection,
-  invert as invert,
-  runtime as runtime,
-  union as union,
-)
+from ._algebra import intersection as intersection, invert as invert, union as union
+from ._masks import runtime as runtime
 from ._packing import pack as pack, unpack as unpack
 from ._rules import build_mask as build_mask, build_multipliers as build_multipliers
 from ._selectors import heads as heads, train_only as train_only, units as units
@@ -29,6 +25,7 @@ from ._selectors import heads as heads, train_only as train_only, units as units
 # Change over time
 from ._migrate import migrate as migrate
 from ._schedule import unfreeze_schedule as unfreeze_schedule
+from . import surgery as surgery
 
 # Look and prove
 from .report import (
