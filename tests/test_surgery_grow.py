@@ -228,6 +228,66 @@ def test_depthwise_filters_grow_with_their_channels():
   assert result.report.difference <= 1e-5
 
 
+def test_a_scanned_stack_of_layers_grows_as_one():
+  class Stack(nnx.Module):
+    def __init__(self, rngs):
+      self.first = nnx.Linear(3, 5, rngs=rngs)
+      make = nnx.vmap(lambda r: nnx.Linear(5, 5, rngs=r))
+      self.blocks = make(rngs.split(3))
+      self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+      scan = nnx.scan(
+        lambda h, block: nnx.tanh(block(h)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+      )
+      return self.head(scan(self.first(x), self.blocks))
+
+  result = surgery.grow(Stack(nnx.Rngs(0)), "first", 2, inputs=models._X["mlp"])
+  assert result.model.blocks.kernel.shape == (3, 7, 7)
+  assert result.freeze_mask["blocks"]["kernel"][...].shape == (1, 7, 7)
+  assert result.report.difference <= 1e-5
+
+
+def test_both_ways_of_a_bidirectional_network_grow_apart():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      cells = (nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs)) for _ in range(2))
+      self.both = nnx.Bidirectional(*cells)
+      self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.head(self.both(x))
+
+  result = surgery.grow(Net(nnx.Rngs(0)), "both/forward_rnn", 1, inputs=models._X["lstm"])
+  kernel = np.asarray(result.model.head.kernel[...])
+  assert kernel.shape == (9, 2) and not kernel[4].any() and kernel[5:].any()
+  assert result.model.both.backward_rnn.cell.hidden_features == 4
+  assert result.report.difference <= 1e-5
+
+
+def test_one_unit_and_its_pixels():
+  params = {"a": models._normal(0, (3, 1)), "b": models._normal(1, (5, 2))}
+  x = models._normal(2, (2, 5, 3))
+
+  def forward(p, x):
+    return (x @ p["a"]).reshape(2, -1) @ p["b"]
+
+  result = surgery.grow(params, "a", 2, inputs=x, forward=forward)
+  assert result.model["b"].shape == (15, 2) and result.report.difference <= 1e-5
+  np.testing.assert_array_equal(result.model["b"][::3], params["b"])
+
+
+def test_units_that_a_slice_drops_stay_dropped():
+  params = {"a": models._normal(0, (3, 4)), "b": models._normal(1, (2, 2))}
+
+  def forward(p, x):
+    return (x @ p["a"])[:, :2] @ p["b"]
+
+  result = surgery.grow(params, "a", 2, inputs=models._X["mlp"], forward=forward)
+  assert result.model["a"].shape == (3, 6) and result.model["b"].shape == (2, 2)
+  assert result.report.difference == 0.0
+
+
 def test_fused_heads_keep_their_order():
   heads, width = 2, 3
   params = {
@@ -316,6 +376,12 @@ def test_sharded_and_narrow_leaves_stay_what_they_are():
   assert isinstance(result.model["b"], np.ndarray) and result.model["b"].dtype == np.float16
   odd = surgery.grow(params, "a", 1, consumers=["b"]).model["a"]
   assert odd.sharding.is_fully_replicated and odd.shape == (3, 9)
+
+
+def state_of(case, test, params):
+  tx, to = case
+  state = test.state(tx, params)
+  return surgery.grow(params, "a", 2, consumers=["b"], opt_state=state, tx=tx, to=to).opt_state
 
 
 class TestState:
@@ -409,6 +475,87 @@ class TestState:
       bits(result.opt_state.masters["a"]["kernel"][:, :4]), bits(state.masters["a"]["kernel"])
     )
     assert result.opt_state.masters["a"]["kernel"].shape == (3, 5)
+
+  def test_states_of_wrappers(self):
+    params = self.params()
+    labels = {"a": {"kernel": np.array(["x", "y", "x", "y"])}, "b": "y"}
+    wide = {"a": {"kernel": np.array(["x", "y", "x", "y", "y", "y"])}, "b": "y"}
+    optimizers = {"x": optax.adam(0.1), "y": optax.sgd(0.1, momentum=0.9)}
+    whole = {"a": "x", "b": "y"}
+    cases = [
+      (optax.inject_hyperparams(optax.adam)(learning_rate=0.1), None),
+      (optax.MultiSteps(optax.adam(0.1), 2), None),
+      (optax.partition(optimizers, whole), None),
+      (maskopt.partition(optimizers, whole), None),
+      (maskopt.partition(optimizers, labels), maskopt.partition(optimizers, wide)),
+      (optax.adafactor(0.1), None),
+    ]
+    for tx, to in cases:
+      state = self.state(tx, params)
+      result = surgery.grow(params, "a", 2, consumers=["b"], opt_state=state, tx=tx, to=to)
+      fresh = (to or tx).init(result.model)
+      assert jax.tree.structure(result.opt_state) == jax.tree.structure(fresh)
+      counts = [
+        int(x) for x in jax.tree.leaves(result.opt_state) if x.dtype == jnp.int32 and not x.ndim
+      ]
+      assert counts == [
+        int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32 and not x.ndim
+      ]
+    trace = {p: x for p, x in paths(state_of(cases[4], self, params)).items() if "trace/a" in p}
+    (values,) = trace.values()
+    old = self.state(cases[4][0], params).inner_states["y"].inner_state[0].trace["a"]["kernel"]
+    assert values.shape == (3, 6)  # dense in both: zero where the other label's elements are
+    np.testing.assert_array_equal(values[:, [1, 3]], old[:, [1, 3]])
+    assert not values[:, 4:].any()
+
+  def test_stacks_of_moments_are_refused(self):
+    params, tx = self.params(), optax.scale_by_lbfgs()
+    with pytest.raises(ValueError, match=r"expected a moment of \(3, 4\), got .*\(10, 3, 4\)"):
+      surgery.grow(params, "a", 1, consumers=["b"], opt_state=tx.init(params), tx=tx)
+
+  def test_two_learning_rates_after_growth(self):
+    params, tx = self.params(), optax.sgd(0.1, momentum=0.9)
+    grown = surgery.grow(params, "a", 2, consumers=["b"], opt_state=self.state(tx, params), tx=tx)
+    labels = jax.tree.map(lambda m: np.where(m, "old", "new"), grown.freeze_mask)
+    rates = {"old": optax.sgd(0.01, momentum=0.9), "new": optax.sgd(0.1, momentum=0.9)}
+    to = maskopt.partition(rates, labels)
+    state = maskopt.migrate(grown.opt_state, grown.model, to=to)
+    zeros = jax.tree.map(jnp.zeros_like, grown.model)
+    updates, _ = to.update(zeros, state, grown.model)
+    moments = grown.opt_state[0].trace["a"]["kernel"]
+    np.testing.assert_allclose(updates["a"]["kernel"][:, :4], -0.009 * moments[:, :4], rtol=1e-6)
+    assert not updates["a"]["kernel"][:, 4:].any()
+
+  @pytest.mark.parametrize("masked", [True, False])
+  def test_states_of_nnx_optimizers(self, masked):
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    old_mask = {"kernel": np.array([True, False, False, True]), "bias": True}
+
+    def to(mask):
+      return maskopt.selective_transform(optax.sgd(0.1, momentum=0.9), freeze_mask=mask)
+
+    def optimizer(model, mask):
+      tx = optax.sgd(0.1, momentum=0.9)
+      return (
+        maskopt.nnx.Optimizer(model, tx, mask)
+        if masked
+        else nnx.Optimizer(model, tx, wrt=nnx.Param)
+      )
+
+    def gradients(model):
+      return nnx.grad(lambda m: m(jnp.ones((1, 3))).sum())(model)
+
+    before = optimizer(model, old_mask)
+    before.update(model, gradients(model))
+    taken = {"tx": to(old_mask), "to": to} if masked else {"tx": before.tx}
+    result = surgery.grow(model, "", 2, consumers=[], opt_state=before.opt_state, **taken)
+    after = optimizer(result.model, result.freeze_mask)
+    nnx.update(after.opt_state, nnx.state(result.opt_state))
+    trace = np.asarray(jax.tree.leaves(result.opt_state)[-1])
+    expected = np.zeros((3, 2)) if masked else np.repeat([[1, 1, 1, 1, 0, 0]], 3, 0)
+    np.testing.assert_array_equal(trace, expected)
+    after.update(result.model, gradients(result.model))
+    assert model.bias.shape == (4,) and result.model.bias.shape == (6,)
 
   def test_a_state_of_other_parameters_is_refused(self):
     params = self.params()

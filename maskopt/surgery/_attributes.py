@@ -1,4 +1,8 @@
-"""The sizes that nnx layers keep beside their kernels, read off the kernels anew."""
+"""The sizes that nnx layers keep beside their kernels, read off the kernels anew.
+
+Sizes are read from the end of a shape: `nnx.vmap` stacks the kernels of a scanned stack of layers
+along axes in front, of which the layer itself knows nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,24 @@ def refit(module: Any) -> None:
 
 
 def _linear(layer: Any) -> dict[str, Any]:
-  return dict(zip(("in_features", "out_features"), layer.kernel.shape, strict=True))
+  return dict(zip(("in_features", "out_features"), layer.kernel.shape[-2:], strict=True))
 
 
 def _linear_general(layer: Any) -> dict[str, Any]:
-  shape = layer.kernel.shape[len(layer.batch_axis) :]
-  return {"in_features": shape[: len(layer.axis)], "out_features": shape[len(layer.axis) :]}
+  outs = len(layer.kernel.shape) - len(layer.out_features)
+  shape = layer.kernel.shape
+  return {"in_features": shape[outs - len(layer.axis) : outs], "out_features": shape[outs:]}
 
 
 def _einsum(layer: Any) -> dict[str, Any]:
-  sizes: dict[str, Any] = {"kernel_shape": layer.kernel.shape}
-  return sizes if layer.bias is None else sizes | {"bias_shape": layer.bias.shape}
+  sizes: dict[str, Any] = {"kernel_shape": layer.kernel.shape[-len(layer.kernel_shape) :]}
+  if layer.bias is None:
+    return sizes
+  return sizes | {"bias_shape": layer.bias.shape[-len(layer.bias_shape) :]}
 
 
 def _conv(layer: Any) -> dict[str, Any]:
-  *_, reads, makes = shape = layer.kernel.shape
+  *_, reads, makes = shape = layer.kernel.shape[-len(layer.kernel_shape) :]
   groups = layer.feature_group_count
   if groups > 1 and reads == 1 and layer.in_features == layer.out_features:
     groups = makes  # one filter for each channel
@@ -46,40 +53,40 @@ def _conv(layer: Any) -> dict[str, Any]:
 
 
 def _conv_transpose(layer: Any) -> dict[str, Any]:
-  *_, reads, makes = shape = layer.kernel.shape
+  *_, reads, makes = shape = layer.kernel.shape[-len(layer.kernel_shape) :]
   if layer.transpose_kernel:
     reads, makes = makes, reads
   return {"kernel_shape": shape, "in_features": reads, "out_features": makes}
 
 
 def _embed(layer: Any) -> dict[str, Any]:
-  return dict(zip(("num_embeddings", "features"), layer.embedding.shape, strict=True))
+  return dict(zip(("num_embeddings", "features"), layer.embedding.shape[-2:], strict=True))
 
 
 def _norm(layer: Any) -> dict[str, Any]:
   own = (getattr(layer, name, None) for name in ("scale", "bias", "mean"))
-  shapes = [x.shape for x in own if x is not None]
-  return {"num_features": shapes[0][0]} if shapes and len(shapes[0]) == 1 else {}
+  sizes = [x.shape[-1] for x in own if x is not None]
+  return {"num_features": sizes[0]} if sizes and isinstance(layer.num_features, int) else {}
 
 
 def _lstm(cell: Any) -> dict[str, Any]:
-  return {"in_features": cell.ii.kernel.shape[0], "hidden_features": cell.hi.kernel.shape[0]}
+  return {"in_features": cell.ii.kernel.shape[-2], "hidden_features": cell.hi.kernel.shape[-2]}
 
 
 def _cell(cell: Any) -> dict[str, Any]:
-  hidden = cell.dense_h.kernel.shape[0]
-  return {"in_features": cell.dense_i.kernel.shape[0], "hidden_features": hidden}
+  hidden = cell.dense_h.kernel.shape[-2]
+  return {"in_features": cell.dense_i.kernel.shape[-2], "hidden_features": hidden}
 
 
 def _attention(layer: Any) -> dict[str, Any]:
-  reads, heads, width = layer.query.kernel.shape
+  reads, heads, width = layer.query.kernel.shape[-3:]
   return {
     "num_heads": heads,
     "head_dim": width,
     "qkv_features": heads * width,
     "in_features": reads,
-    "in_kv_features": layer.key.kernel.shape[0],
-    "num_kv_heads": layer.key.kernel.shape[1],
+    "in_kv_features": layer.key.kernel.shape[-3],
+    "num_kv_heads": layer.key.kernel.shape[-2],
     "out_features": layer.out.kernel.shape[-1],
   }
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from .. import _freeze, _tree
+from .. import _tree
 from .._errors import Problem, describe, fail
 from .._layout import Full, Index, Layout
 from .._packing import Layouts
@@ -30,6 +31,7 @@ class _Owned:
 
   number: int
   value: Any
+  place: tuple[Any, ...]
 
 
 def check(opt_state: Any, tx: Any, where: str) -> None:
@@ -68,6 +70,8 @@ def moved(
   if to is not None and not hasattr(to, "init"):
     to = to(freeze_mask)
   to = tx if to is None else to
+  if any(isinstance(x, nnx.OptState) for x in jax.tree.leaves(opt_state, is_leaf=_is_box)):
+    opt_state, old_params, new_params = map(_unboxed, (opt_state, old_params, new_params))
   old_flat, new_flat = _tree.flatten(old_params), _tree.flatten(new_params)
   fresh = to.init(new_params)
   old = _Slots(opt_state, tx, old_params, old_flat, where)
@@ -76,7 +80,8 @@ def moved(
   slots, known = {slot for slot, _ in old.owned}, {slot for slot, _ in new.owned}
   if old.owned and new.owned and not (slots & known):
     got = f"moments at {', '.join(sorted(slots))}, and not at {', '.join(sorted(known))}"
-    fail(where, [Problem("opt_state", "a state of the same optimizer", got)], _REMEDY)
+    remedy = "Take the state along with its own transform, then call maskopt.migrate(to=...)."
+    fail(where, [Problem("opt_state", "a state of the same optimizer", got)], remedy)
   leaves = [
     new.leaf(key, value, old, placements) for key, value in zip(new.keys, new.leaves, strict=True)
   ]
@@ -92,10 +97,14 @@ class _Slots:
 
   def __init__(self, state: Any, tx: Any, params: Any, flat: _tree.Flat, where: str) -> None:
     self.flat = flat
-    self.layouts = _layouts(state)
+    self._layouts = _layouts(state)
     try:
       marked = optax.tree_map_params(
-        tx, lambda x, n: _Owned(n, x), state, _numbers(params), is_leaf=_tree.is_opaque
+        tx,
+        lambda x, n: x if _tree.is_hole(x) else _Owned(n, x, ()),
+        state,
+        _numbers(params),
+        is_leaf=_tree.is_opaque,
       )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       got = "one of other leaves"
@@ -107,6 +116,8 @@ class _Slots:
     self.leaves: list[Any] = []
     for path, leaf in found:
       owned = isinstance(leaf, _Owned)
+      if owned:
+        leaf = dataclasses.replace(leaf, place=path)
       end = len(path) - lengths[leaf.number] if owned else len(path)
       slot = "/".join(_tree.path_of((k,)) for k in path[:end])
       slot = "/".join(part for part in slot.split("/") if part != "inner_state")
@@ -118,10 +129,13 @@ class _Slots:
   def layout(self, leaf: _Owned) -> tuple[Layout, Index] | None:
     """How a moment stores its elements; None if it does not have one for each."""
     shape, own = np.shape(leaf.value), np.shape(self.flat.leaves[leaf.number])
-    if self.layouts is not None:
-      layout = self.layouts.static.layouts[leaf.number]
+    holders = [k for k in self._layouts if leaf.place[: len(k)] == k]
+    if holders:
+      layouts = self._layouts[max(holders, key=len)]
+      layout = layouts.static.layouts[leaf.number]
       if layout is not None and layout.packed_shape == shape:
-        return layout, self.layouts.index[leaf.number]
+        return layout, layouts.index[leaf.number]
+      return None
     return (Full(own, str(jnp.result_type(leaf.value))), {}) if shape == own else None
 
   def check(self, where: str) -> None:
@@ -133,7 +147,7 @@ class _Slots:
         describe(leaf.value),
       )
       for (slot, path), leaf in self.owned.items()
-      if not _tree.is_hole(leaf.value) and self.layout(leaf) is None
+      if not _is_placeholder(leaf.value) and self.layout(leaf) is None
     ]
     if problems:
       fail(where, problems, _REMEDY)
@@ -148,7 +162,7 @@ class _Slots:
       return known if same and known.dtype == jnp.result_type(leaf) else leaf
     placement = placements.get(key[1])
     before = old.owned.get((key[0], placement.path)) if placement else None
-    if before is None or _tree.is_hole(before.value) or _tree.is_hole(leaf.value):
+    if before is None:
       return leaf.value
     assert placement is not None
     return self._moment(leaf, old, before, placement)
@@ -176,10 +190,24 @@ def _dense(values: Any, layout: Layout, index: Index) -> tuple[np.ndarray, np.nd
   return _placement.host(wide), np.asarray(known) == 1
 
 
-def _layouts(state: Any) -> Layouts | None:
-  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Layouts) or hasattr(x, "joined"))
-  held = any(isinstance(x, Layouts) or hasattr(x, "joined") for x in nodes)
-  return _freeze.mask_of(state) if held else None
+def _layouts(state: Any) -> dict[tuple[Any, ...], Layouts]:
+  """The masks that a state holds, by the path of the part that each belongs to."""
+  found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, Layouts))
+  return {path[:-1]: x for path, x in found if isinstance(x, Layouts)}
+
+
+def _is_placeholder(value: Any) -> bool:
+  """Whether an optimizer keeps nothing here for a parameter, as `adafactor` does in places."""
+  return np.shape(value) == (1,)
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _unboxed(tree: Any) -> Any:
+  """The tree without nnx variables, as `tx.update` sees it."""
+  return jax.tree.map(lambda x: x.get_raw_value() if _is_box(x) else x, tree, is_leaf=_is_box)
 
 
 def _is_owned(x: Any) -> bool:

@@ -166,6 +166,7 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int], lis
   if not math.prod(a):
     return
   i = j = 0
+  groups: list[tuple[list[int], list[int]]] = []
   while i < len(a) and j < len(b):
     ins, outs = [i], [j]
     m, n = a[i], b[j]
@@ -175,4 +176,8 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int], lis
         m, ins, i = m * a[i], [*ins, i], i + 1
       else:
         n, outs, j = n * b[j], [*outs, j], j + 1
-    yield ins, outs
+    groups.append((ins, outs))
+  if groups:
+    groups[-1][0].extend(range(i, len(a)))
+    groups[-1][1].extend(range(j, len(b)))
+  yield from groups

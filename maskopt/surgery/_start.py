@@ -135,7 +135,7 @@ def _own(
       found[f"{root}out/kernel", 0] = labels
       readers.add((f"{root}out/kernel", 0))
   for kernel in kernels:
-    bias = kernel.rpartition("/")[0] + "/bias"
+    bias = _tree.join(kernel.rpartition("/")[0], "bias")
     after = np.shape(model.arrays[kernel])[axis:]
     if kernel != bias and bias in model.arrays and np.shape(model.arrays[bias]) == after:
       found[bias, 0] = labels
