@@ -216,7 +216,7 @@ def test_the_story_in_json_and_in_words(capsys, monkeypatch):
   assert said["ok"] and said["steps"] == 8
   rows = {row["way"]: row for row in said["new_only"]}
   for optimizer in ("Adam", "AdamW"):
-    ours = rows[f"selective_transform, {optimizer}"]
+    ours = rows[f"freeze mask, {optimizer}"]
     assert ours["old_outputs_bit_equal"] and ours["frozen_changed"] == 0
     # 64 * 128 + 128 features, 128 * 256 + 256 units, all of the old outputs' columns and biases.
     assert ours["frozen"] == 64 * 128 + 128 + 128 * 256 + 256 + 266 * 10 + 10

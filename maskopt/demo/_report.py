@@ -28,6 +28,8 @@ class Report:
     self._as_json, self._steps = as_json, 0
     self._console = Console(quiet=as_json, highlight=False, emoji=False)
     self._console.width = min(self._console.width, _WIDTH) if self._console.is_terminal else _WIDTH
+    # A table of parameters needs every column of a narrow terminal.
+    self._indent = 3 if self._console.width == _WIDTH else 0
     self._console.print(Text(title, style="bold"))
 
   def words(self, system: str, pairs: Iterable[tuple[str, str]]) -> None:
@@ -49,17 +51,17 @@ class Report:
 
   def say(self, text: str, style: str = "") -> None:
     """A paragraph, without markup: square brackets are often code here."""
-    self._console.print(Padding(Text(text, style=style), (0, 0, 0, 3)))
+    self.show(Text(text, style=style))
 
   def show(self, thing: Any) -> None:
     """A summary, an audit, or anything else that rich can draw."""
-    self._console.print(Padding(thing, (0, 0, 0, 3), expand=False))
+    self._console.print(Padding(thing, (0, 0, 0, self._indent), expand=False))
 
   def table(self, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table whose first column names the row; numbers align to the right."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for k, header in enumerate(headers):
-      table.add_column(Text(header), justify="right" if k else "left")
+      table.add_column(Text(header), justify="right" if k else "left", no_wrap=k == 0)
     for row in rows:
       table.add_row(*(_cell(cell) for cell in row))
     self.show(table)

@@ -14,8 +14,8 @@ both to zero. Here, a rule names the same parameters:
 | `replaceLayer(net, "fc", ...)` | `network.fc = nnx.Linear(...)` |
 | `trainnet(...)` with `"adam"` | `maskopt.nnx.Optimizer(network, optax.adam(...), freeze_mask)` |
 
-A zero factor stops the gradient's part of an update. A frozen element here keeps its bits, whatever
-the optimizer adds to that: weight decay, momentum, noise.
+A frozen element keeps its bits, whatever the optimizer adds to its gradient: weight decay,
+momentum, noise.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _outcome(
 def _conclude(report: Report, outcomes: list[Outcome], few: int) -> None:
   report.step(f"Train on {few} images of all ten digits")
   report.table(
-    ("frozen in conv_1, conv_2", "elements", "their bits", "moved", "test", "optimizer"),
+    ("frozen", "elements", "bits", "moved", "test", "optimizer"),
     [
       (
         x.name,

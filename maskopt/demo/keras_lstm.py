@@ -225,14 +225,14 @@ def _tell_stages(report: Report, stages: list[Stage]) -> None:
   ]
   report.step("Train the new head; then thaw the rest at a low rate")
   report.table(
-    ("trained", "Adam's rate", "frozen", "their bits", "moved", "test", "optimizer"),
+    ("trained", "rate", "frozen", "bits", "moved", "test", "optimizer"),
     [
       (
         x.name,
         f"{x.rate:g}",
         f"{x.audit.frozen:,}",
         "-" if not x.audit.frozen else "kept" if x.audit else f"CHANGED {x.audit.changed:,}",
-        f"{x.audit.moved:,} of {x.audit.trainable:,}",
+        f"{x.audit.moved:,}",
         f"{x.right:.1%}",
         f"{x.state_bytes / 1e3:.1f} kB",
       )

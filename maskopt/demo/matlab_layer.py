@@ -171,7 +171,7 @@ def _tell_masks(report: Report, layer: nnx.Linear, mask: dict[str, Any]) -> None
   report.step("A mask the way MATLAB keeps its weights, 5 x 10, is refused")
   rows = np.repeat(np.arange(OUTPUTS)[:, None] < ROWS, INPUTS, axis=1)
   report.say(_refused(kernel_freeze_mask=rows), style="yellow")
-  report.step("Weights of units 0 to 2 and biases of units 0 and 1: the third unit still moves")
+  report.step("Weights of units 0 to 2, biases of 0 and 1: the third unit still moves")
   report.show(summaries["posted"])
   report.step("A misspelt mask leaves the bias to train", "As a keyword it is refused:")
   report.say(_refused(bias_freze_mask=True), style="yellow")

@@ -11,7 +11,7 @@ Here, the same ordered rules build the factors and the freeze mask:
 | `_` | `...` |
 | `None`, or `0` | `None`, or `0`: frozen, and every bit is kept |
 | `"dense" -> 0.1` | `("dense", 0.1)` |
-| `{"lstm", "Biases"} -> None` | `("lstm/**/bias", None)` |
+| `{"dense", "Biases"} -> None` | `("dense/bias", None)` |
 | `TimeGoal -> Quantity[10, "Seconds"]` | the loop asks the clock: `net_train(seconds=10)` |
 | `MaxTrainingRounds -> 20` | `net_train(rounds=20)` |
 | `ValidationSet -> Scaled[0.1]` | `net_train(validation=0.1)`: the best round is returned |
@@ -228,7 +228,7 @@ def multipliers(
     rows = [_row(case, network, images, test, seed, tick) for case in cases]
   report.step("Layers, counted as in NetChain, under {-2 -> 1, _ -> None}")
   _tell_layers(report, network)
-  report.step("The other order, {_ -> None, -2 -> 1}, freezes everything: here that is an error")
+  report.step("The other order, {_ -> None, -2 -> 1}, freezes everything: an error here")
   report.say(_refused(network), style="yellow")
   _tell_rows(report, rows)
   ok = all(row["frozen_changed"] == 0 for row in rows)
@@ -291,7 +291,7 @@ def _tell_rows(report: Report, rows: list[dict[str, Any]]) -> None:
   start = rows[0]["test_accuracy_before"]
   report.step(f"A chain that learnt 0 to 4 ({start:.0%} right on all ten) learns all ten")
   report.table(
-    ("LearningRateMultipliers", "frozen", "their bits", "rounds", "ended by", "loss", "test"),
+    ("multipliers", "frozen", "bits", "rounds", "ended by", "loss", "test"),
     [
       (
         row["rules"],
