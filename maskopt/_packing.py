@@ -19,6 +19,7 @@ from ._choice import Prefer
 from ._errors import Problem, describe, fail, show
 from ._layout import Dense, Frozen, Full, Index, Layout
 from ._packed import Packed, applied as applied, dense as dense, is_packed as is_packed
+from ._provenance import Record
 
 _REMEDY = "Use one mask throughout: maskopt.mask_of(state) is the one a state was made for."
 
@@ -173,8 +174,9 @@ def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
 
 
 def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
-  """Packed values as another layout of the same mask stores them."""
-  if leaf.layout == layout:
+  """Packed values as another layout, or the next value of a runtime mask, stores them."""
+  record = Record(leaf.layout, leaf.index or index, leaf.values)
+  if record.stands_for(layout, index):
     return leaf.values
   if leaf.values is None:
     return optax.MaskedNode()

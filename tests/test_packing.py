@@ -117,3 +117,21 @@ def test_provenance_forgets_with_its_array():
   # Another array may get the same id; it must not get the record.
   for _ in range(100):
     assert _provenance.made_of.recall(jnp.ones((2, 3))) is None
+
+
+def test_packed_gradients_of_one_runtime_mask_are_not_taken_for_the_next():
+  first, following = (
+    maskopt.runtime(frozen, count=3) for frozen in (np.arange(8) < 5, np.arange(8) > 2)
+  )
+  tx = maskopt.selective_transform(optax.sgd(1.0), freeze_mask=first)
+  params, grads = jnp.zeros(8), jnp.arange(1.0, 9.0)
+  state = tx.init(params)
+  packed = maskopt.pack(grads, maskopt.mask_of(state))
+  updates, _ = tx.update(packed, state, params)
+  assert (params + updates).tolist() == [0, 0, 0, 0, 0, -6, -7, -8]
+  # What trains now had no gradient: it was frozen when the gradient was packed.
+  updates, _ = tx.update(packed, state, params, freeze_mask=following)
+  assert (params + updates).tolist() == [0] * 8
+  crossed = jax.jit(lambda x: x)(packed)
+  with pytest.raises(ValueError, match="expected an array, or values packed in this trace"):
+    tx.update(crossed, state, params, freeze_mask=following)
