@@ -393,3 +393,16 @@ def test_a_schedule_at_runtime_thaws_in_one_trace():
     step(model, optimizer)
     moved.append(not same_bits(before, np.array(model.first.kernel[...])).all())
   assert moved == [False, False, True, True] and len(traces) == 1
+
+
+def test_migrates_to_an_optimizer_with_another_mask():
+  model = Net(nnx.Rngs(0))
+  old = maskopt.nnx.Optimizer(model, optax.adam(0.1), {"first": True, "second": False})
+  old.update(model, nnx.grad(loss)(model))
+  new = maskopt.nnx.Optimizer(model, optax.adam(0.1), MASK)
+  params = nnx.as_pure(nnx.state(model, nnx.Param))
+  state = maskopt.migrate(nnx.as_pure(old.opt_state), params, to=new.tx)
+  nnx.update(new.opt_state, nnx.state(state))
+  kept = new.opt_state.inner_state[0].mu["second"]["kernel"][...]
+  assert np.any(kept)
+  new.update(model, nnx.grad(loss)(model))

@@ -88,7 +88,9 @@ class Optimizer(nnx.Optimizer[M]):
     )
 
     def init(params: Any) -> Any:
-      return selective.init(_unlabelled(params, mask))
+      # `optax.tree_map_params` asks for the state's structure with a placeholder.
+      known = not _tree.is_placeholder(params)
+      return selective.init(_unlabelled(params, mask) if known else params)
 
     wrapped = optax.GradientTransformationExtraArgs(init, selective.update)
     super().__init__(model, wrapped, wrt=wrt, graph=graph)
@@ -165,7 +167,8 @@ def _unlabelled(params: Any, freeze_mask: Any) -> Any:
   boxes, treedef = jax.tree.flatten(params, is_leaf=_is_box)
   masks = _masks.resolve(freeze_mask, params, _WHERE)
   bare = [
-    box if mask is False else _without_labels(box) for box, mask in zip(boxes, masks, strict=True)
+    _without_labels(box) if mask is not False and _is_box(box) else box
+    for box, mask in zip(boxes, masks, strict=True)
   ]
   return treedef.unflatten(bare)
 
