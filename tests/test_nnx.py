@@ -401,7 +401,8 @@ def test_migrates_to_an_optimizer_with_another_mask():
   old.update(model, nnx.grad(loss)(model))
   new = maskopt.nnx.Optimizer(model, optax.adam(0.1), MASK)
   params = nnx.as_pure(nnx.state(model, nnx.Param))
-  state = maskopt.migrate(nnx.as_pure(old.opt_state), params, to=new.tx)
+  grads = nnx.as_pure(nnx.grad(loss)(model))
+  state = maskopt.migrate(nnx.as_pure(old.opt_state), params, to=new.tx, grads=grads)
   nnx.update(new.opt_state, nnx.state(state))
   kept = new.opt_state.inner_state[0].mu["second"]["kernel"][...]
   assert np.any(kept)
