@@ -279,6 +279,8 @@ def unfreeze_schedule(
   Raises:
     ValueError: no form or several, boundaries that do not ascend from 0, numbers out of range.
     TypeError: a function of the step in static mode.
+  References:
+    ULMFiT, arXiv 1801.06146; FreezeOut, 1706.04983; BAdam, 2404.02827; LISA, 2403.17919.
   Example:
     >>> import maskopt
     >>> schedule = maskopt.unfreeze_schedule({0: {"a": True, "b": False}, 100: False})
@@ -286,8 +288,6 @@ def unfreeze_schedule(
     [False, False, True]
     >>> schedule.at(99)
     {'a': True, 'b': False}
-  References:
-    ULMFiT, arXiv 1801.06146; FreezeOut, 1706.04983; BAdam, 2404.02827; LISA, 2403.17919.
   """
   forms = {"masks": masks, "top_first": top_first, "freeze_out": freeze_out, "rotate": rotate}
   _check(forms, mode, order, t0)
