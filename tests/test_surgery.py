@@ -116,7 +116,11 @@ class TestReset:
     for model in (models.NnxCNN(nnx.Rngs(0)), CASES[5].build()):
       if isinstance(model, nnx.Module):
         model.norm.mean[...] += 3.0
-      for rules, expected in (([("norm", True)], True), ([("norm/scale", True)], False)):
+      for rules, expected in (
+        ([("norm", True)], True),
+        ([("norm/scale", True)], False),
+        ([("norm", maskopt.units(0))], False),
+      ):
         new = surgery.reset(model, rules).model
         mean = (
           new.norm.mean[...] if isinstance(new, nnx.Module) else new["batch_stats"]["norm"]["mean"]

@@ -167,6 +167,19 @@ def test_a_head_grows_its_outputs():
   np.testing.assert_array_equal(bits(out[:, :2]), bits(model(models._X["mlp"])))
 
 
+def test_old_outputs_are_found_between_new_ones():
+  params = {"a": models._normal(0, (3, 4))}
+
+  def forward(p, x):
+    return (x @ p["a"]).reshape(2, -1)
+
+  x = models._normal(1, (2, 5, 3))
+  result = surgery.grow(params, "a", 2, inputs=x, forward=forward)
+  assert result.report.difference <= 1e-6
+  new = np.asarray(forward(result.model, x)).reshape(2, 5, 6)
+  np.testing.assert_allclose(new[..., :4].reshape(2, -1), forward(params, x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_residual_stream_grows_as_a_whole():
   params = {
     "embed": {"embedding": models._normal(0, (7, 4))},
@@ -443,6 +456,24 @@ class TestState:
     assert not wide[:, [0, 4]].any()  # thawed, and new
     assert (wide[:, [1, 3, 5]] == 9.0).all()
 
+  def test_elements_that_no_moment_was_kept_for_start_as_init_has_it(self):
+    params = self.params()
+
+    def to(kernel):
+      mask = {"a": {"kernel": np.array(kernel)}, "b": False}
+      adagrad = optax.adagrad(0.1, initial_accumulator_value=0.25)
+      return maskopt.selective_transform(adagrad, freeze_mask=mask, prefer="memory")
+
+    tx = to([[True], [False], [False]])
+    state = self.state(tx, params)
+    wide = to([[False], [False], [True]])
+    result = surgery.grow(params, "a", 2, consumers=["b"], opt_state=state, tx=tx, to=wide)
+    new = np.asarray(result.opt_state.inner_state[0].sum_of_squares["a"]["kernel"])
+    old = np.asarray(state.inner_state[0].sum_of_squares["a"]["kernel"])
+    np.testing.assert_array_equal(new[0], np.float32(0.25))
+    np.testing.assert_array_equal(new[1, :4], old[0])
+    np.testing.assert_array_equal(new[1, 4:], np.float32(0.25))
+
   def test_the_next_transform_may_be_a_function_of_the_new_mask(self):
     params = self.params()
     tx = optax.adam(0.1)
@@ -651,6 +682,21 @@ class TestBadInput:
       surgery.grow(model, "hidden", 1, inputs=models._X["mlp"])
     result = surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], mode="init")
     assert result.model.norm.scale.shape == (6,) and result.report.difference > 1e-3
+
+  def test_a_failure_leaves_everything_as_it_was(self):
+    model = models._moved(models.NnxCNN(nnx.Rngs(0)))
+    before = maskopt.snapshot(model)
+    with pytest.raises(ValueError, match="takes its sizes from the parameters"):
+      surgery.grow(
+        model,
+        "conv",
+        1,
+        inputs=models.images(),
+        forward=lambda m, x: m.norm(m.conv(x)) + jnp.zeros((1, 1, 1, 4)),
+      )
+    assert maskopt.audit(before, model, True).ok
+    assert model.conv.out_features == model.norm.num_features == 4
+    assert model(models.images()).shape == (2, 2)
 
   def test_a_forward_that_knows_the_old_size(self):
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}

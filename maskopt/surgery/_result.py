@@ -12,6 +12,10 @@ from ._placement import Placement
 class Surgery(NamedTuple):
   """What an operation returns; the model it was given is as it was.
 
+  Arrays that did not change are those of the old model: donating one takes it from both. The counts
+  of an optimizer go on, so under an Adam that has run for long new elements start with updates
+  longer than the learning rate; `opt_state=None` and `tx.init` start all of them anew.
+
   Attributes:
     model: the new module, variables or parameters, in the containers of the old.
     freeze_mask: old elements frozen, new ones trainable, over the new model's parameters: those of
