@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from . import _journal, _layout, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
@@ -387,4 +388,5 @@ def mask_of(state: Any) -> Layouts:
   if len(found) != 1:
     problem = Problem("", "a state with one freeze mask", f"one with {len(found)}")
     fail("maskopt.mask_of(state)", [problem], "Give it the state of one maskopt transform.")
-  return next(iter(found.values()))
+  # In an nnx optimizer the arrays are variables.
+  return nnx.as_pure(next(iter(found.values())))

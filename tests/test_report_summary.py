@@ -369,3 +369,25 @@ def test_bytes_in_units(count):
   number, unit = _show.size(count).split()
   scale = 1000 ** ["B", "kB", "MB", "GB"].index(unit)
   assert math.isclose(float(number) * scale, count, rel_tol=0.06) and float(number) < 1000
+
+
+class Normed(nnx.Module):
+  def __init__(self):
+    self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("layer", ["dense", "norm", "head"])
+def test_live_statistics_of_frozen_units_are_named(layer):
+  model = Normed()
+  mask = maskopt.build_mask(model, [(layer, True)])
+  expected = () if layer == "head" else ("norm",)
+  found = maskopt.summary(model, mask)
+  assert found.live == expected
+  assert ("norm follows the batch" in str(found)) == bool(expected)
+  model.eval()
+  assert maskopt.summary(model, mask).live == ()
+  model.train()
+  maskopt.nnx.freeze_statistics(model, {"dense": True, "norm": True, "head": False})
+  assert maskopt.summary(model, mask).live == ()

@@ -14,7 +14,7 @@ from .._errors import show
 from .._layout import Index, Layout
 from .._masks import FreezeMask
 from .._packing import Layouts
-from . import _elements, _parts, _show, _slips
+from . import _elements, _live, _parts, _show, _slips
 from ._parts import Other
 from ._show import Shown, Table
 from ._slips import Slip
@@ -66,11 +66,13 @@ class Summary(Shown):
     rows: one `Row` per parameter leaf, in network order where that is known.
     slips: units whose kernel is frozen and whose bias is not, and the reverse.
     others: (kind, arrays, values) of what a module holds beside its parameters.
+    live: normalisation layers that follow the batch although units there are frozen.
   """
 
   rows: tuple[Row, ...]
   slips: tuple[Slip, ...] = ()
   others: tuple[tuple[str, int, int], ...] = ()
+  live: tuple[str, ...] = ()
 
   @property
   def parameters(self) -> int:
@@ -136,6 +138,14 @@ class Summary(Shown):
     notes = [("warn", f"! {slip}") for slip in self.slips[:_SLIPS_SHOWN]]
     if len(self.slips) > _SLIPS_SHOWN:
       notes.append(("warn", f"! and {len(self.slips) - _SLIPS_SHOWN} more, see .slips"))
+    notes += [
+      (
+        "warn",
+        f"! {path} follows the batch: frozen units there drift at its output; "
+        "maskopt.nnx.freeze_statistics holds them still",
+      )
+      for path in self.live
+    ]
     return notes
 
 
@@ -209,10 +219,12 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
     )
     if layout is not None
   ]
+  rows = tuple(_row(*item) for item in items)
   return Summary(
-    tuple(_row(*item) for item in items),
+    rows,
     tuple(_slips.find([item[:3] for item in items])),
     _kinds(others),
+    _live.live_statistics(source, {row.path: row.frozen for row in rows}),
   )
 
 
