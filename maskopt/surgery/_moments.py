@@ -98,18 +98,10 @@ class _Slots:
   def __init__(self, state: Any, tx: Any, params: Any, flat: _tree.Flat, where: str) -> None:
     self.flat = flat
     self._layouts = _layouts(state)
-    try:
-      marked = optax.tree_map_params(
-        tx,
-        lambda x, n: x if _tree.is_hole(x) else _Owned(n, x, ()),
-        state,
-        _numbers(params),
-        is_leaf=_tree.is_opaque,
-      )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    marked = _marked(state, tx, params)
+    if marked is None:
       got = "one of other leaves"
       fail(where, [Problem("opt_state", "a state of tx over these parameters", got)], _REMEDY)
-      raise AssertionError from error
     found, self.treedef = jax.tree_util.tree_flatten_with_path(marked, is_leaf=_is_unit)
     lengths = [len(p) for p in _keys(params)]
     self.keys: list[Any] = []
@@ -188,6 +180,18 @@ def _dense(values: Any, layout: Layout, index: Index) -> tuple[np.ndarray, np.nd
     jnp.ones(np.shape(values), jnp.uint8), jnp.zeros(layout.shape, jnp.uint8), index
   )
   return _placement.host(wide), np.asarray(known) == 1
+
+
+def _marked(state: Any, tx: Any, params: Any) -> Any:
+  """The state with its moments marked as their parameters'; None if it is none of tx over them."""
+
+  def owned(x: Any, n: Any) -> Any:
+    return x if _tree.is_hole(x) else _Owned(n, x, ())
+
+  try:
+    return optax.tree_map_params(tx, owned, state, _numbers(params), is_leaf=_tree.is_opaque)
+  except (ValueError, TypeError, KeyError, AttributeError):  # as the trees happen to differ
+    return None
 
 
 def _layouts(state: Any) -> dict[tuple[Any, ...], Layouts]:
