@@ -10,15 +10,17 @@ by up to 1.27 on a shared machine.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from timing import machine, paired_minima
 
 from maskopt._slicer import NONE, Sampled, _sampled, analyze, region, slice_program
 from maskopt._slicer._take import take
@@ -136,18 +138,8 @@ MODELS = {
 
 
 # --- measures ------------------------------------------------------------------------------------
-def interleaved(programs: Sequence[Callable[[], Any]], rounds: int = 15) -> list[float]:
-  """The least seconds of each, run in turn."""
-  best = [float("inf")] * len(programs)
-  for _ in range(rounds):
-    for k, program in enumerate(programs):
-      start = time.perf_counter()
-      jax.block_until_ready(program())
-      best[k] = min(best[k], time.perf_counter() - start)
-  return best
-
-
 def wall() -> None:
+  print(machine())
   print("| model | trainable | FLOPs sliced/full | time sliced/full | temporary memory |")
   print("| --- | --- | --- | --- | --- |")
   for name, model in MODELS.items():
@@ -156,7 +148,9 @@ def wall() -> None:
     for share in (0.01, 0.1, 0.25, 0.5, 0.75):
       wanted = demands(share)
       whole, sliced, report = _programs(grad, wanted, params, batch)
-      a, b = interleaved([lambda f=f: f(params, batch) for f in (whole, sliced)])  # noqa: B023
+      compiled = {"whole": whole, "sliced": sliced}
+      runs = {name: functools.partial(f, params, batch) for name, f in compiled.items()}
+      a, b = paired_minima(runs, 15).values()
       memory = [f.memory_analysis().temp_size_in_bytes for f in (whole, sliced)]
       flops = report.flops_sliced / report.flops_full
       print(f"| {name} | {share:.0%} | {flops:.3f} | {b / a:.2f} | {memory[1] / memory[0]:.2f} |")
@@ -281,7 +275,8 @@ def sampled() -> None:
           _sampled.SAMPLE_BELOW = ((float("inf"), always),)  # pyright: ignore
           f = jax.jit(lambda w, x, i: slice_program(grad, [Sampled(i)], w, x)[0])  # noqa: B023
           compiled.append(f.lower(w, x, indices).compile())
-        a, b = interleaved([lambda f=f: f(w, x, indices) for f in compiled], 7)  # noqa: B023
+        runs = {str(k): functools.partial(f, w, x, indices) for k, f in enumerate(compiled)}
+        a, b = paired_minima(runs).values()
         print(f"| {rows} | {d} x {d} | {density:.1%} | {b / a:.2f} |")
   _sampled.SAMPLE_BELOW = limits  # pyright: ignore
 
