@@ -299,3 +299,18 @@ def test_empty_regions() -> None:
   (blocks,), _ = slice_program(jax.grad(loss), [(empty,)], W, X)
   assert blocks[0].shape == (0, 20)
   assert block_of(W, empty).shape == (0, 20)
+
+
+@pytest.mark.parametrize(("share", "sliced"), [(0.1, True), (0.3, False)])
+def test_loops_that_carry_much_of_a_gradient_carry_it_whole(share: float, sliced: bool) -> None:
+  def loss(w: jax.Array, xs: jax.Array) -> jax.Array:
+    final, _ = lax.scan(lambda h, x: (jnp.tanh(x + h @ w), None), jnp.zeros((4, 40)), xs)
+    return (final**2).sum()
+
+  r = np.random.default_rng(0)
+  w, xs = jnp.asarray(r.normal(size=(40, 40)) / 6), jnp.asarray(r.normal(size=(5, 4, 40)))
+  columns = region(w.shape, None, np.sort(r.choice(40, int(40 * share), replace=False)))
+  (blocks,), report = slice_program(jax.grad(loss), [(columns,)], w, xs)
+  full = np.asarray(jax.grad(loss)(w, xs))
+  np.testing.assert_allclose(blocks[0], full[:, np.asarray(columns[1].values)], rtol=1e-5)
+  assert (report.flops_sliced < report.flops_full) == sliced

@@ -35,6 +35,9 @@ Demands: TypeAlias = tuple[Demand, ...]
 Planner: TypeAlias = Callable[[core.Jaxpr, Demands], Any]  # the analysis, handed in by it
 CallRule: TypeAlias = Callable[[Equation, Demands, Planner], Step | None]
 
+# A scan's carry wanted beyond this share is kept whole (the weight gradients of an LSTM, 24 steps:
+# 0.87 of the time at 10%, 1.07 at a quarter, 1.13 at half).
+SLICE_CARRY_BELOW = 0.2
 # A jit of fewer equations is written out: calling it costs more to trace than it repeats.
 MAX_INLINE = 16
 
@@ -122,6 +125,17 @@ def _grow(carry: Demands, more: Demands, shapes: list[tuple[int, ...]]) -> Deman
   return tuple(rg.one((*old, *new), shape) for old, new, shape in pairs)
 
 
+def _widened(carry: Demands, shapes: list[tuple[int, ...]]) -> Demands:
+  """Carries of which much is wanted, whole: a loop gathers their operands at every turn."""
+
+  def widened(demand: Demand, shape: tuple[int, ...]) -> Demand:
+    regions = all(isinstance(r, Region) for r in demand)
+    much = regions and rg.share(demand, shape) > SLICE_CARRY_BELOW
+    return (full(len(shape)),) if much else demand
+
+  return tuple(map(widened, carry, shapes))
+
+
 def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   """Stacked outputs are wanted alike in every iteration; unwanted carries are dropped."""
   p = eqn.params
@@ -129,7 +143,7 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   first, n_carry = scan_parts(eqn, jaxpr)
   split = first + n_carry
   shapes = [shape_of(v) for v in jaxpr.invars]
-  carry = tuple(map(rg.one, outs[:n_carry], shapes[first:split]))
+  carry = _widened(tuple(map(rg.one, outs[:n_carry], shapes[first:split])), shapes[first:split])
   stacked_shapes = [shape_of(v) for v in eqn.outvars[n_carry:]]
   wanted = [
     rg.without_picks(d, len(s)) for d, s in zip(outs[n_carry:], stacked_shapes, strict=True)
@@ -142,6 +156,7 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   while True:
     plan = planner(jaxpr, carry + stacked)
     grown = _grow(carry, plan.ins[first:split], shapes[first:split])
+    grown = _widened(grown, shapes[first:split])
     if grown == carry:
       break
     carry = grown
