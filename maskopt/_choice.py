@@ -35,8 +35,8 @@ class Limits:
   small: int = 65_536
 
 
-# On CPU as benchmarks/step.py measures; on GPU guessed and on TPU from the compiler's own estimates,
-# for want of a machine.
+# CPU as benchmarks/step.py measures it; GPU is guessed and TPU taken from the compiler's own
+# estimates, for want of a machine.
 _LIMITS = {
   "cpu": Limits(slice=0.4, rows=0.4, columns=0.08, elements=0.12),
   "gpu": Limits(slice=0.6, rows=0.6, columns=0.4, elements=0.3),
