@@ -86,7 +86,8 @@ def choose(
   if dims is not None:
     packed = block(dims, shape, name)
     pays = packed[0].size >= limits.small or isinstance(packed[0], Slice)
-    if (pays and share <= _block_limit(packed[0], limits)) or prefer != "time" or keep_rank:
+    limit = _block_limit(packed[0], limits)
+    if limit is not None and ((pays and share <= limit) or prefer != "time" or keep_rank):
       return packed
   # Elements and Dense layouts of one mask share their digest, and so their gradients.
   digest = _layout.digest(trainable.shape, np.packbits(trainable).tobytes())
@@ -157,12 +158,13 @@ def block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[La
   return Block(shape, name, digest, (sets,), sizes), {"dims": picked}
 
 
-def _block_limit(layout: Layout, limits: Limits) -> float:
+def _block_limit(layout: Layout, limits: Limits) -> float | None:
+  """The largest share that pays; None where positions would not fit 32 bits."""
   if isinstance(layout, Slice):
     return limits.slice
   leading = max(d for d, n in enumerate(layout.shape) if layout.packed_shape[d] != n) + 1  # type: ignore[index]
   if math.prod(layout.shape[:leading]) > _INT32:
-    return -1.0  # positions would not fit 32 bits
+    return None
   run = math.prod(layout.shape[leading:]) * jnp.dtype(layout.dtype).itemsize
   return limits.rows if run >= limits.run_bytes else limits.columns
 

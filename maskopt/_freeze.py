@@ -188,7 +188,8 @@ def selective_transform(
     next_mask = extra.pop("freeze_mask", None)
     owner.check(state.layouts)
     _need_params(params, where, master_dtype, next_mask)
-    _need_positions(updates, where, next_mask)
+    if next_mask is not None:
+      _need_positions(updates, where)
 
     def inner_update(layouts: Layouts, grads: Any, inner_state: Any, values: Any) -> Any:
       packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
@@ -244,7 +245,7 @@ def _need_params(params: Any, where: str, master_dtype: Any, next_mask: Any) -> 
     fail(where, [Problem("", expected, "None")], "Call tx.update(grads, state, params).")
 
 
-def _need_positions(grads: Any, where: str, next_mask: Any) -> None:
+def _need_positions(grads: Any, where: str) -> None:
   """Refuse packed gradients of an unknown runtime mask beside the next one."""
   flat = _tree.flatten(grads, is_leaf=is_packed)
   problems = [
@@ -252,7 +253,7 @@ def _need_positions(grads: Any, where: str, next_mask: Any) -> None:
     for path, g in zip(flat.paths, flat.leaves, strict=True)
     if is_packed(g) and g.values is not None and not g.layout.digest and g.index is None
   ]
-  if problems and next_mask is not None:
+  if problems:
     fail(where, problems, "Pack with the next mask, or change the mask with array gradients.")
 
 

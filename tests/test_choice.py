@@ -132,3 +132,17 @@ def test_index_sets_are_found_exactly_where_they_exist(trainable):
   assert (sets is not None) == np.array_equal(grid, trainable)
   if sets is not None:
     assert all(np.array_equal(a, b) for a, b in zip(sets, projections, strict=True))
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory", "values"])
+def test_positions_past_32_bits_are_never_packed(prefer):
+  leaf = jax.ShapeDtypeStruct((2**16, 2**16), np.float32)
+  layout, _ = _choice.choose(
+    (np.arange(2**16) % 100 > 0)[None],
+    leaf,
+    leaf.dtype,
+    platform="cpu",
+    prefer=prefer,
+    keep_rank=True,
+  )
+  assert layout.kind == "Dense"
