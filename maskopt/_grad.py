@@ -19,6 +19,7 @@ from flax import nnx
 
 from . import _journal, _packing, _provenance, _slicer, _tree
 from ._errors import Problem, fail
+from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
 from ._packing import Layouts
@@ -235,11 +236,15 @@ class _Split:
 
 def _demand(layout: Layout, index: Index) -> Any:
   if layout.blocks:
-    return tuple(_slicer.region(layout.shape, *sets) for sets in layout.blocks)
+    return _regions(layout)
   if _is_sampled(layout):
     # The unused slots of a runtime mask lie past the end; `_values` zeroes what they read.
     return _slicer.Sampled(jnp.minimum(index["flat"], layout.size - 1))
   return _slicer.ALL
+
+
+def _regions(layout: Layout) -> tuple[_slicer.Region, ...]:
+  return tuple(_slicer.region(layout.shape, *sets) for sets in layout.blocks)
 
 
 def _is_sampled(layout: Layout) -> bool:
@@ -318,10 +323,19 @@ def _values(g: Any, layout: Layout, index: Index) -> Any:
     return jnp.where(index["flat"] < layout.size, g, 0) if sampled else layout.take(g, index)
   if isinstance(layout, (Block, Slice)):
     return g[0]
+  if isinstance(layout, Joint):
+    blocks = iter(g)
+    return Parts(
+      _values([next(blocks) for _ in part.blocks], part, index[str(k)])
+      for k, part in enumerate(layout.parts)
+    )
+  if isinstance(layout, Elements):
+    return _slicer.in_order(g, _regions(layout), layout.shape)
+  assert isinstance(layout, Dense)  # the values are the whole leaf
   whole = jnp.zeros(layout.shape, g[0].dtype)
   for sets, block in zip(layout.blocks, g, strict=True):
     whole = whole.at[jnp.ix_(*(np.asarray(s, np.int32) for s in sets))].set(block)
-  return whole if isinstance(layout, Dense) else layout.take(whole, index)
+  return whole
 
 
 def _no_gradient(leaf: Any) -> Any:

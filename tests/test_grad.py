@@ -74,6 +74,7 @@ MASKS = {
   "contiguous": {"layer_0": True, "layer_1": {"kernel": np.arange(WIDTH) > 5, "bias": True},
                  "layer_2": True},
   "two blocks": {"layer_0": True, "layer_1": {"kernel": l_shape(), "bias": True}, "layer_2": False},
+  "union": {"layer_0": True, "layer_1": {"kernel": l_shape(), "bias": True}, "layer_2": True},
   "sampled": {"layer_0": True, "layer_1": {"kernel": few(12), "bias": True}, "layer_2": True},
   "scattered": {"layer_0": {"kernel": few(800), "bias": True}, "layer_1": False, "layer_2": True},
   "most units": {f"layer_{i}": {"kernel": ~UNITS, "bias": ~UNITS} for i in range(LAYERS)},
@@ -146,7 +147,7 @@ def test_flops_of_units_are_the_least():
   assert count_flops(closed) == pytest.approx(least, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["units", "inputs", "contiguous", "sampled"])
+@pytest.mark.parametrize("name", ["units", "inputs", "contiguous", "union", "sampled"])
 def test_one_jit_never_builds_the_dense_gradient(name):
   params, x = network(), batch()
   tx = maskopt.selective_transform(optax.adam(1e-3), freeze_mask=MASKS[name], prefer="memory")
@@ -175,6 +176,38 @@ def live_shapes(jaxpr):
     if not inner and eqn.primitive.name not in ("reshape", "transpose", "copy"):
       shapes += [v.aval.shape for v in eqn.outvars]
   return shapes
+
+
+SIDE = 512
+
+
+def unions():
+  """Freeze masks whose trainable elements are a few blocks."""
+  few_rows = np.isin(np.arange(SIDE), rng().choice(SIDE, 7, replace=False))
+  cross = ~(few_rows[:, None] | few_rows)
+  corner, apart = np.ones((SIDE, SIDE), bool), np.ones((SIDE, SIDE), bool)
+  corner[:7] = corner[:, 20:24] = False
+  apart[3:9, 400:] = apart[300:310, 5:50] = apart[400:402, 3:9] = False
+  return {"rows and columns": cross, "corner": corner, "apart": apart}
+
+
+@pytest.mark.parametrize("name", unions())
+def test_unions_are_packed_without_the_dense_gradient(name):
+  freeze_mask = unions()[name]
+  w = jnp.asarray(rng().normal(size=(SIDE, SIDE)) / SIDE**0.5, np.float32)
+  x = jnp.asarray(rng().normal(size=(2, SIDE)), np.float32)
+
+  def fun(w):
+    return jnp.tanh(x @ w).sum()
+
+  compiled = jax.jit(maskopt.grad(fun, freeze_mask, packed=True)).lower(w).compile()
+  np.testing.assert_allclose(
+    compiled(w).values, np.asarray(jax.grad(fun)(w))[~freeze_mask], rtol=2e-5, atol=1e-6
+  )
+  program = compiled.as_text()
+  made = re.findall(rf"= f32\[{SIDE},{SIDE}\]\S* (\S+)\(|= f32\[{SIDE * SIDE}\]", program)
+  assert set(made) == {"parameter"}
+  assert compiled.memory_analysis().temp_size_in_bytes < w.nbytes / 8
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -186,6 +186,23 @@ def test_explicit_mesh(of_w: P, of_x: P, demand: Any) -> None:
     assert_sliced(jax.grad(jax.jit(f)), [demand], w, x)
 
 
+@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")], ids=["rows", "columns"])
+def test_explicit_mesh_packs_unions_of_a_sharded_kernel(spec: P) -> None:
+  m, freeze_mask = mesh(AxisType.Explicit), np.ones(W.shape, bool)
+  freeze_mask[:1] = freeze_mask[:, [2, 9]] = False
+
+  def f(w: Any, x: Any) -> Any:
+    return jnp.sum(jnp.tanh(jnp.einsum("bi,io->bo", x, w, out_sharding=P(None, spec[1]))) ** 2)
+
+  with jax.set_mesh(m):
+    w, x = jax.device_put(W, NamedSharding(m, spec)), jax.device_put(X, NamedSharding(m, P()))
+    full = np.asarray(jax.jit(jax.grad(f))(w, x))
+    packed = jax.jit(maskopt.grad(f, freeze_mask, packed=True))(w, x)
+    dense = jax.jit(maskopt.grad(f, freeze_mask))(w, x)
+  np.testing.assert_allclose(packed.values, full[~freeze_mask], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dense, np.where(freeze_mask, 0, full), rtol=1e-5, atol=1e-5)
+
+
 def test_jit_with_layouts_is_sliced_inside() -> None:
   m = mesh(AxisType.Auto)
   w, x = NamedSharding(m, P()), NamedSharding(m, P("data"))

@@ -12,3 +12,4 @@ from ._plan import (
 )
 from ._region import Region as Region, region as region
 from ._sampled import Sampled as Sampled
+from ._union import in_order as in_order

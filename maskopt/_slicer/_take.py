@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ def take(block: Any, have: Region, want: Region) -> jax.Array:
     The elements of `want`; differentiable, its transpose is a pad or a scatter-add.
   """
   relative = [ix.relative(h, w) for h, w in zip(have, want, strict=True)]
-  block = _unshard(block, relative)
+  block = unsharded(block, [r is not None for r in relative])
   if any(isinstance(r, range) for r in relative):
     block = _slice(block, relative)
   gathers = [(len(r), d, r) for d, r in enumerate(relative) if isinstance(r, Points)]
@@ -74,12 +75,12 @@ def explicit_spec(aval: object) -> tuple[object, ...] | None:
   return tuple(spec) if spec is not None and any(s is not None for s in spec) else None
 
 
-def _unshard(block: Any, relative: list[Index]) -> Any:
+def unsharded(block: Any, cut: Sequence[bool]) -> Any:
   """Gather the dimensions to be cut: an Explicit mesh refuses to slice a sharded dimension."""
   aval = jax.typeof(block)
   spec = explicit_spec(aval)
-  if spec is None or all(s is None or r is None for s, r in zip(spec, relative, strict=True)):
+  if spec is None or all(s is None or not c for s, c in zip(spec, cut, strict=True)):
     return block
-  whole = [s if r is None else None for s, r in zip(spec, relative, strict=True)]
+  whole = [None if c else s for s, c in zip(spec, cut, strict=True)]
   sharding = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec(*whole))
   return jax.sharding.reshard(block, sharding)
