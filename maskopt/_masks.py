@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from . import _tree
 from ._errors import Problem, describe, fail, show
@@ -24,6 +25,11 @@ from ._errors import Problem, describe, fail, show
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
+_TRACED = "a bool that jit traced"
+_CLOSE_OVER = (
+  "An argument of jit is data, a bool too: close over the bools of a mask, or give arrays of the "
+  "parameter's shape."
+)
 _REMEDIES = {
   "a freeze mask": _BUILD,
   "a multiplier": "Build the tree with maskopt.build_multipliers.",
@@ -158,10 +164,13 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     got = describe(array)
     problems.append(Problem(path, f"bool broadcastable to {shape}", got, TypeError))
     return None
+  size = int(np.prod(shape, dtype=np.int64))
+  if isinstance(array, Tracer) and array.ndim == 0 and (size > 1 or not own):
+    problems.append(Problem(path, f"bool broadcastable to {shape}", _TRACED))
+    return None
   if not own:
     problems.append(Problem(path, "a bool, for the mask is given to a subtree", describe(array)))
     return None
-  size = int(np.prod(shape, dtype=np.int64))
   if not broadcasts(array.shape, shape) or (array.size == 1 and size > 1):
     extra = " (one element on a larger leaf: write a bool)" if array.size == 1 else ""
     problems.append(Problem(path, f"bool broadcastable to {shape}", describe(array) + extra))
@@ -194,6 +203,8 @@ def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Proble
 
 def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
   build = _REMEDIES[what]
+  if all(p.got == _TRACED for p in problems):
+    return _CLOSE_OVER
   if all(p.expected in ("a parameter", what) for p in problems):
     shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
     return f"The parameters are {shown}. {build}"

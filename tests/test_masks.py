@@ -134,6 +134,45 @@ def test_bad_masks_are_refused(call, mask, kind, match):
   assert all(np.array_equal(before[k], params[k]) for k in params)
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_a_bool_among_the_arguments_of_jit_is_refused(call):
+  """It is a tracer by then, and no longer says at trace time whether the leaf trains."""
+  params = {"dense": {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}, "scale": jnp.ones(())}
+  trace = jax.jit(lambda mask: CALLS[call](mask, params))
+  units = jnp.asarray(COLUMNS)
+  remedy = r"\. An argument of jit is data, a bool too: close over the bools of a mask, or give arr"
+  bad = r"at dense/b, expected bool broadcastable to \(4,\), got a bool that jit traced"
+  also = r"at dense/w, expected bool broadcastable to \(3, 4\), got a bool that jit traced"
+  for mask, match in (
+    ({"dense": {"w": units, "b": True}, "scale": True}, bad + remedy),
+    ({"dense": {"w": np.True_, "b": False}, "scale": True}, f"{bad}; {also}{remedy}"),
+    ({"dense": True, "scale": True}, f"{bad}; {also}{remedy}"),  # given to a subtree
+    (maskopt.runtime({"dense": {"w": COLUMNS, "b": False}, "scale": True}), bad + remedy),
+  ):
+    with pytest.raises(ValueError, match=rf"`maskopt\.{call}\(freeze_mask=\.\.\.\)`: {match}"):
+      trace(mask)
+  # Beside a complaint of another kind, the general remedy.
+  with pytest.raises(TypeError, match=rf"{bad}; at dense/w, .*float32.*Build the mask"):
+    trace({"dense": {"w": np.ones(4, np.float32), "b": False}, "scale": True})
+  # Closed over, or whole arrays: both are masks. A scalar parameter's mask is a scalar.
+  jax.jit(lambda w: CALLS[call]({"dense": {"w": w, "b": True}, "scale": True}, params))(units)
+  trace({"dense": {"w": units, "b": units}, "scale": True})
+
+
+def test_a_traced_bool_as_the_next_mask_is_refused():
+  mask = {"w": maskopt.runtime(COLUMNS), "b": True}
+  params = {"w": jnp.ones(4), "b": jnp.ones(2)}
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
+  state = tx.init(params)
+  step = jax.jit(lambda m: tx.update(params, state, params, freeze_mask=m)[0])
+  with pytest.raises(ValueError, match=r"selective_transform.*at b, .*\(2,\), got a bool that jit"):
+    step(mask)
+  updates = jax.jit(lambda w: tx.update(params, state, params, freeze_mask={"w": w, "b": True})[0])(
+    maskopt.runtime(~COLUMNS)
+  )
+  assert updates["w"].tolist() == [np.float32(-0.1) if f else 0 for f in COLUMNS]
+
+
 @pytest.mark.parametrize("call", ["selective_transform", "masked_freeze", "pack"])
 def test_training_an_integer_leaf_is_refused(call):
   params = {"q": jnp.arange(4), "w": jnp.ones(2)}
