@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from .digits import digits as digits
 from .freeze_weights import freeze_weights as freeze_weights
+from .grow import grow as grow
 from .keras_lstm import keras_lstm as keras_lstm
 from .matlab_layer import matlab_layer as matlab_layer
 from .multipliers import multipliers as multipliers
@@ -35,3 +36,4 @@ app.command()(freeze_weights)
 app.command()(keras_lstm)
 app.command()(multipliers)
 app.command()(new_units)
+app.command()(grow)
