@@ -23,8 +23,9 @@ class Limits:
   """Largest trainable share at which a layout is faster than Dense for one Adam step.
 
   `run_bytes` parts rows from columns: a block whose contiguous runs are shorter moves like columns.
-  Below `small` elements only a contiguous block pays: XLA:CPU compiles a scatter in 10 ms and
-  anything else here in 1, and 200 leaves of rows took 4 times as long to compile as dense ones.
+  Below `small` elements only a contiguous block pays: XLA:CPU compiles a scatter in 13 ms (and, if
+  no other leaf trains as many elements, all the rest of the leaf's step anew in 50), which takes
+  some hundred steps to come back from leaves of this size, and more from smaller ones.
   """
 
   slice: float
@@ -32,7 +33,7 @@ class Limits:
   columns: float
   elements: float
   run_bytes: int = 64
-  small: int = 65_536
+  small: int = 2**18
 
 
 # CPU as benchmarks/step.py measures it; GPU is guessed and TPU taken from the compiler's own

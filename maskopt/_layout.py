@@ -286,9 +286,9 @@ def _selected(_: None, frozen: Any, x: Any, values: Any) -> Any:
 
 
 def _adds(values: Any, x: Any) -> bool:
-  """Whether to scatter-add: it must round as `added` does, and beats it where the cache ends."""
+  """Whether to scatter-add: it must round as `added` does."""
   dtype = jnp.result_type(x)
-  return jnp.result_type(values) == dtype and dtype in _SCATTERED and values.size >= 2**20
+  return jnp.result_type(values) == dtype and dtype in _SCATTERED
 
 
 @jax.custom_jvp
