@@ -12,6 +12,7 @@ from .keras_lstm import keras_lstm as keras_lstm
 from .matlab_layer import matlab_layer as matlab_layer
 from .multipliers import multipliers as multipliers
 from .new_units import new_units as new_units
+from .transfer import transfer as transfer
 
 
 class _MainByDefault(TyperGroup):
@@ -37,3 +38,4 @@ app.command()(keras_lstm)
 app.command()(multipliers)
 app.command()(new_units)
 app.command()(grow)
+app.command()(transfer)
