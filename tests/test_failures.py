@@ -1,4 +1,7 @@
-"""What goes wrong elsewhere: each a failure of today's tools, shown where it is short, and ours."""
+"""What goes wrong elsewhere: each a failure of today's tools, shown where it is short, and ours.
+
+Masks, states, steps and thaws; `test_failures_bits.py` has the bits and what sees whole leaves.
+"""
 
 import flax.core
 import jax
@@ -8,7 +11,6 @@ import optax
 import pytest
 import reference
 from flax import nnx
-from optax import contrib
 
 import maskopt
 
@@ -109,10 +111,15 @@ def test_a_state_of_another_mask_is_an_error_in_words():
   b = optax.selective_transform(optax.adam(0.1), freeze_mask={"w": False, "b": True})
   with pytest.raises(ValueError, match="pytree structure error"):  # and no word of a mask
     a.update(PARAMS, b.init(PARAMS), PARAMS)
+  every = optax.selective_transform(optax.adam(0.1), freeze_mask={"w": False, "b": False})
+  with pytest.raises(TypeError, match="can't multiply sequence by non-int"):
+    every.update(PARAMS, a.init(PARAMS), PARAMS)
   a, b = (ours(optax.adam(0.1), {"w": w, "b": not w}) for w in (True, False))
   match = r"at b, expected a state that trains 2, got 0; at w, .*another mask: call init again"
   with pytest.raises(ValueError, match=match):
     a.update(PARAMS, b.init(PARAMS), PARAMS)
+  with pytest.raises(ValueError, match=r"at w, expected a state that trains 4, got 0"):
+    ours(optax.adam(0.1), False).update(PARAMS, a.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("container", [flax.core.freeze, lambda p: nnx.State(
@@ -129,7 +136,7 @@ def test_a_plain_dict_of_masks_fits_other_containers(container):
 
 
 def test_a_callable_module_of_masks_is_no_function():
-  """A callable Equinox module as mask: Optax would call it."""
+  """A callable Equinox module as mask or labels: optax.partition calls it."""
   eqx = pytest.importorskip("equinox")
 
   class Linear(eqx.Module):
@@ -139,6 +146,8 @@ def test_a_callable_module_of_masks_is_no_function():
       raise AssertionError("a module of masks must not be called")
 
   params, mask = Linear(jnp.ones(4)), Linear(ELEMENTS)
+  with pytest.raises(AssertionError, match="must not be called"):
+    optax.partition({"a": optax.sgd(0.5)}, Linear("a")).init(params)
   after = run(ours(optax.sgd(0.5), mask), params, params, steps=1)
   assert after.weight.tolist() == [1, 0.5, 1, 0.5]
 
@@ -158,18 +167,21 @@ def test_weight_decay_after_freezing():
 
 
 def test_momentum_after_zeroed_gradients():
-  """Gradients zeroed under a running Adam: its moments go on moving weights."""
+  """Gradients zeroed under a running Adam: three steps at 0.1 move the weights by -0.21."""
   adam, params = optax.adam(0.1), {"w": jnp.ones(4)}
   state = adam.init(params)
-  _, state = adam.update({"w": jnp.ones(4)}, state, params)
+  for _ in range(3):
+    _, state = adam.update({"w": jnp.ones(4)}, state, params)
   theirs = params
   for _ in range(3):
     updates, state = adam.update({"w": jnp.zeros(4)}, state, theirs)
     theirs = optax.apply_updates(theirs, updates)
-  assert (np.asarray(theirs["w"]) < 0.85).all()
+  np.testing.assert_allclose(theirs["w"], 1 - 0.2108, atol=1e-4)
 
   tx = ours(adam, {"w": maskopt.runtime(jnp.zeros(4, bool))})
-  _, state = tx.update({"w": jnp.ones(4)}, tx.init(params), params)
+  state = tx.init(params)
+  for _ in range(3):
+    _, state = tx.update({"w": jnp.ones(4)}, state, params)
   now = {"w": maskopt.runtime(jnp.asarray(ELEMENTS))}
   ours_after = params
   for _ in range(3):
@@ -191,13 +203,14 @@ def test_noise_moves_frozen_weights():
 
 def test_a_large_frozen_gradient_and_the_global_norm():
   """Clipping first lets frozen gradients shrink the trainable step: 0.1 becomes 0.0004."""
-  grads = {"w": jnp.full(4, 100.0), "b": jnp.array([1.0, 0.0])}
+  params = {"w": jnp.ones(6), "b": jnp.zeros(2)}
+  grads = {"w": jnp.full(6, 100.0), "b": jnp.array([1.0, 0.0])}
   mask = {"w": True, "b": False}
   inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-  theirs = run(optax.chain(inner, optax.freeze(mask)), grads, steps=1)
-  assert 0 < 1 - theirs["b"][0] < 0.001
-  after = run(ours(inner, mask), grads, steps=1)
-  np.testing.assert_allclose(1 - after["b"][0], 0.1, rtol=1e-5)
+  theirs = run(optax.chain(inner, optax.freeze(mask)), grads, params, steps=1)
+  np.testing.assert_allclose(-theirs["b"][0], 0.0004, atol=1e-5)
+  after = run(ours(inner, mask), grads, params, steps=1)
+  np.testing.assert_allclose(-after["b"][0], 0.1, rtol=1e-5)
   # The same for elements of one leaf.
   grads = {"w": jnp.where(ELEMENTS, 100.0, jnp.array([0.0, 1.0, 0.0, 0.0])), "b": jnp.zeros(2)}
   after = run(ours(inner, {"w": ELEMENTS, "b": False}), grads, steps=1)
@@ -228,9 +241,9 @@ def test_apply_if_finite_outside_skips_good_steps():
 # Freezing and thawing.
 
 
-def _adam_steps(tx, state, params, grads, freeze):
+def _adam_steps(update, state, params, grads, freeze):
   for g in grads:
-    updates, state = tx.update({"w": g}, state, params, freeze_mask={"w": freeze})
+    updates, state = update({"w": g}, state, params, freeze_mask={"w": freeze})
   return updates, state
 
 
@@ -242,75 +255,44 @@ def test_stale_moments_after_a_thaw():
     updates, state = optax.adam(0.1).update({"w": jnp.full(2, g)}, state, params)
   assert (np.asarray(updates["w"]) < 0).all()  # downhill is up
 
-  thawed, frozen = (maskopt.runtime(jnp.array([True, f]), 1) for f in (False, True))
+  thawed = maskopt.runtime(jnp.array([True, False]), 1)
   other = maskopt.runtime(jnp.array([False, True]), 1)
-  del frozen
   tx = ours(optax.adam(0.1), {"w": thawed})
-  state = tx.init(params)
-  _, state = _adam_steps(tx, state, params, [jnp.ones(2)] * 2, thawed)
-  _, state = _adam_steps(tx, state, params, [jnp.ones(2)] * 2, other)
-  updates, _ = _adam_steps(tx, state, params, [jnp.full(2, -0.1)], thawed)
+  state, update = tx.init(params), jax.jit(tx.update)
+  _, state = _adam_steps(update, state, params, [jnp.ones(2)] * 2, thawed)
+  _, state = _adam_steps(update, state, params, [jnp.ones(2)] * 2, other)
+  updates, _ = _adam_steps(update, state, params, [jnp.full(2, -0.1)], thawed)
   assert updates["w"][1] > 0 and updates["w"][0] == 0
 
 
 def test_zeroed_gradients_and_the_first_step_after_a_thaw():
-  """Gradients zeroed for 1,000 steps under Adam: the first real one makes a step of several lr."""
-  adam, params = optax.adam(1.0), {"w": jnp.zeros(1)}
-  state = adam.init(params)
-  state = (state[0]._replace(count=jnp.array(1000, jnp.int32)), *state[1:])
-  updates, _ = adam.update({"w": jnp.ones(1)}, state, params)
-  assert -updates["w"][0] > 2.5  # learning rates, where the first step of a run makes one
-  first, _ = adam.update({"w": jnp.ones(1)}, adam.init(params), params)
-  np.testing.assert_allclose(-first["w"][0], 1.0, rtol=1e-5)
-  # A mask that never changes has nothing to thaw: its elements take no part, whatever their age.
-  tx = ours(adam, {"w": True})
-  assert jax.tree.leaves(tx.init(params)[1])[0].shape == ()
+  """Gradients zeroed for 1,000 steps under Adam: the first steps are of 2.5 to 5.2 learning rates.
 
+  Its bias correction is global: at step 1,000 it corrects nothing, though these moments are new.
+  """
 
-# Bits.
+  def late(state):
+    adam = state[0]._replace(count=jnp.array(1000, jnp.int32))
+    return (adam, *state[1:])
 
+  adam, params = optax.adam(1.0), {"w": jnp.zeros(2)}
+  state, theirs = late(adam.init(params)), []
+  for _ in range(20):  # the 19th is the longest
+    updates, state = adam.update({"w": jnp.ones(2)}, state, params)
+    theirs.append(-float(updates["w"][0]))
+  np.testing.assert_allclose((theirs[0], max(theirs)), (2.515, 5.241), atol=1e-3)
 
-def test_masking_by_a_product_makes_nan_of_inf():
-  p = jnp.array([jnp.inf, 1.0])
-  mask = np.array([True, False])
-  assert np.isnan((p * jnp.asarray(~mask, p.dtype))[0])
-  after = run(ours(optax.sgd(0.5), {"w": mask}), {"w": jnp.full(2, jnp.inf)}, {"w": p}, steps=1)
-  assert after["w"][0] == jnp.inf
-  assert not np.isnan(maskopt.pack({"w": p}, {"w": mask})["w"].values).any()
-
-
-def test_restoring_by_a_difference_is_not_restoring():
-  """p + (q - p) is not q for most floats, so nothing here undoes a step by its difference."""
-  rng = np.random.default_rng(0)
-  p, q = (jnp.asarray(rng.normal(size=1000) * 10.0 ** rng.integers(-6, 6, 1000), jnp.float32)
-          for _ in range(2))  # fmt: skip
-  assert (np.asarray(p + (q - p)) != np.asarray(q)).mean() > 0.5
-  mask = rng.random(1000) < 0.5
-  after = maskopt.unpack(maskopt.pack(q, mask), p, mask)
-  assert reference.same_bits(after, np.where(mask, p, q))
-
-
-def test_schedule_free_outside_drifts():
-  """Averages of parameters outside the freezing round frozen elements; inside they do not."""
-  rng = np.random.default_rng(0)
-  params = {"w": jnp.asarray(rng.normal(size=1000), jnp.float32)}
-  frozen = np.arange(1000) < 990
-  grads = {"w": jnp.asarray(rng.normal(size=1000), jnp.float32)}
-
-  def train(tx):
-    def step(carry, _):
-      params, state = carry
-      updates, state = tx.update(grads, state, params)
-      return (maskopt.apply_updates(params, updates), state), None
-
-    return jax.jit(lambda c: jax.lax.scan(step, c, length=50)[0])((params, tx.init(params)))[0]
-
-  outside = contrib.schedule_free(ours(optax.sgd(0.1), {"w": frozen}, prefer="memory"), 0.1)
-  assert len(reference.moved(params["w"], train(outside)["w"], frozen)) > 100
-  inside = ours(contrib.schedule_free(optax.sgd(0.1), 0.1), {"w": frozen}, prefer="memory")
-  after = train(inside)["w"]
-  assert reference.moved(params["w"], after, frozen) == []
-  assert (np.asarray(after) != np.asarray(params["w"]))[~frozen].all()
+  before, after = (maskopt.runtime(jnp.array([f, not f]), 1) for f in (True, False))
+  tx = ours(adam, {"w": before})
+  state = tx.init(params)
+  state = state._replace(inner_state=late(state.inner_state))
+  steps = []
+  grads, update = {"w": jnp.ones(2)}, jax.jit(tx.update)
+  for _ in range(20):
+    updates, state = update(grads, state, params, freeze_mask={"w": after})
+    assert updates["w"][1] == 0
+    steps.append(-float(updates["w"][0]))
+  np.testing.assert_allclose(steps, 1.0, atol=1e-4)
 
 
 # State.
@@ -323,7 +305,26 @@ def test_pruned_weights_have_no_optimizer_state():
   mask[np.random.default_rng(0).permutation(1_000_000)[:10_000]] = False
   dense = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(0.1).init(params)))
   packed = sum(x.nbytes for x in jax.tree.leaves(ours(optax.adamw(0.1), {"w": mask}).init(params)))
-  assert dense >= 8_000_000 and packed <= 120_004
+  assert (dense, packed) == (8_000_004, 120_004)  # 12 bytes an element: two moments, one position
+
+
+def test_accumulated_gradients_of_frozen_leaves():
+  """MultiSteps around a frozen leaf of a million elements holds its gradients; inside it does not.
+
+  optax.selective_transform gives MultiSteps the same choice, but whole leaves only.
+  """
+  params = {"base": jnp.zeros(1_000_000), "head": jnp.zeros(10)}
+  mask = {"base": True, "head": False}
+
+  def size(tx):
+    return sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
+
+  for freezing in (optax.selective_transform, maskopt.selective_transform):
+    assert size(optax.MultiSteps(freezing(optax.adam(0.1), freeze_mask=mask), 2)) == 4_000_132
+  assert size(ours(optax.MultiSteps(optax.adam(0.1), 2), mask)) == 132
+  # The same for one element of a leaf, of which Optax would hold all.
+  mask["base"] = np.arange(1_000_000) != 7
+  assert size(ours(optax.MultiSteps(optax.adam(0.1), 2), mask)) <= 132 + 4 * 4
 
 
 def test_batch_norm_statistics_are_not_parameters():
