@@ -1,5 +1,6 @@
 """`maskopt.nnx.Optimizer`: frozen bits, the inner optimizer's trajectory, every nnx transform."""
 
+import copy
 import re
 
 import jax
@@ -407,3 +408,51 @@ def test_migrates_to_an_optimizer_with_another_mask():
   kept = new.opt_state.inner_state[0].mu["second"]["kernel"][...]
   assert np.any(kept)
   new.update(model, nnx.grad(loss)(model))
+
+
+def test_nnx_jit_walks_no_more_objects_than_for_the_library_own_optimizer():
+  model = Net(nnx.Rngs(0))
+  ours = maskopt.nnx.Optimizer(model, optax.adamw(0.1), MASK, prefer="memory")
+  theirs = nnx.Optimizer(model, optax.adamw(0.1), wrt=nnx.Param)
+  a, b = (len(nnx.graphdef(optimizer).nodes) for optimizer in (ours, theirs))
+  assert a <= b
+  assert all(isinstance(x, nnx.OptState) and x[...].ndim >= 0 for x in ours.slots.values())
+
+
+def test_optimizer_state_is_a_tree_of_the_variables_that_the_optimizer_has():
+  model = Net(nnx.Rngs(0))
+  tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+  optimizer = maskopt.nnx.Optimizer(model, tx, {"first": True, "second": False})
+  optimizer.opt_state.inner_state.hyperparams["learning_rate"][...] = jnp.array(0.0)
+  before = arrays(model)
+  update = nnx.jit(lambda m, o: o.update(m, nnx.grad(loss)(m)))
+  update(model, optimizer)
+  assert all(same_bits(x, arrays(model)[path]).all() for path, x in before.items())
+  lr = optimizer.slots["inner_state.hyperparams.learning_rate"]
+  assert lr is optimizer.opt_state.inner_state.hyperparams["learning_rate"]
+  # A state can be set as a whole, as after `maskopt.migrate`.
+  optimizer.opt_state = jax.tree.map(jnp.array, nnx.as_pure(optimizer.opt_state))
+  optimizer.opt_state.inner_state.hyperparams["learning_rate"][...] = jnp.array(0.5)
+  update(model, optimizer)
+  assert not same_bits(before["second/kernel"], arrays(model)["second/kernel"]).any()
+
+
+def test_optimizer_is_built_abstractly_and_copied():
+  mask = {"first": {"kernel": np.arange(8) < 6, "bias": True}, "second": False}
+
+  def build():
+    model = Net(nnx.Rngs(0))
+    return model, maskopt.nnx.Optimizer(model, optax.adam(0.1), mask, prefer="memory")
+
+  abstract = nnx.state(nnx.eval_shape(build))
+  model, optimizer = build()
+  jax.tree.map(
+    lambda a, b: a.shape == b.shape or pytest.fail(), abstract, nnx.state((model, optimizer))
+  )
+  graphdef, _ = nnx.split(nnx.eval_shape(build))
+  model, optimizer = nnx.merge(graphdef, nnx.state((model, optimizer)))
+  twin_model, twin = copy.deepcopy((model, optimizer))
+  optimizer.update(model, nnx.grad(loss)(model))
+  assert twin.step[...] == 0 and not np.any(twin.opt_state.inner_state[0].mu["second"]["bias"][...])
+  twin.update(twin_model, nnx.grad(loss)(twin_model))
+  assert same_bits(arrays(model)["second/kernel"], arrays(twin_model)["second/kernel"]).all()

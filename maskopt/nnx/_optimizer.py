@@ -28,9 +28,12 @@ class Optimizer(nnx.Optimizer[M]):
 
   A drop-in for `flax.nnx.Optimizer`: `update(model, grads)` runs `tx` on packed values and writes
   in place on the trainable elements, under `nnx.jit`, `nnx.scan` and in either graph mode. Donate
-  the model and the optimizer to `nnx.jit` to save the copy, and let `nnx.cached_partial` hold them
-  where steps are short: handling objects costs `nnx.jit` about 0.2 ms a layer. Weight decay,
-  momentum and NaN gradients do not move a frozen bit.
+  the model and the optimizer to `nnx.jit` to save the copy. Weight decay, momentum and NaN
+  gradients do not move a frozen bit.
+
+  Handling objects costs `nnx.jit` about 0.2 ms a call and 0.1 ms a layer, whosever the optimizer.
+  Where that is much of a step, let `nnx.cached_partial` hold model and optimizer, or take tree mode
+  (`graph=False` here and at `nnx.jit`) if no variable is shared.
 
   Args:
     model: the module whose parameters train.
@@ -46,7 +49,8 @@ class Optimizer(nnx.Optimizer[M]):
   Attributes:
     step: number of updates.
     tx: `tx` on the trainable elements.
-    opt_state: its state; `maskopt.mask_of(optimizer.opt_state)` is the mask.
+    opt_state: its state, a tree of variables; `maskopt.mask_of(optimizer.opt_state)` is the mask.
+    slots: the same variables by name, under which `nnx.state(optimizer)` has them.
     wrt: the filter.
 
   Raises:
@@ -94,7 +98,25 @@ class Optimizer(nnx.Optimizer[M]):
 
     wrapped = optax.GradientTransformationExtraArgs(init, selective.update)
     super().__init__(model, wrapped, wrt=wrt, graph=graph)
-    self.opt_state = nnx.data(_without_empty(self.opt_state))
+
+  @property
+  def opt_state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # read, written
+    """The optimizer state, a tree whose leaves are the variables themselves."""
+    return self._structure.unflatten(self._ordered())
+
+  @opt_state.setter
+  def opt_state(self, tree: Any) -> None:
+    # Flat, for `nnx.jit` walks every container of an object in Python, twice a call: of a nested
+    # state it took as long for the containers as for the variables.
+    paths, structure = jax.tree_util.tree_flatten_with_path(_compact(tree), is_leaf=_is_box)
+    names = [_tree.path_of(keys).replace("/", ".") for keys, _ in paths]
+    assert len(set(names)) == len(names)
+    self.slots = nnx.data({name: x for name, (_, x) in zip(names, paths, strict=True)})
+    self._names, self._structure = tuple(names), structure
+
+  def _ordered(self) -> list[nnx.Variable]:
+    """The variables in the order of the state; `nnx.jit` gives dicts back in sorted order."""
+    return [self.slots[name] for name in self._names]
 
   def update(self, model: M, grads: Any, /, **kwargs: Any) -> optax.Updates:
     """Update the optimizer state and the trainable elements of the model, in place.
@@ -119,7 +141,9 @@ class Optimizer(nnx.Optimizer[M]):
     # In the trace of tx.update, so that packed values are added where they belong.
     new_params = _freeze.apply_updates(params, updates)
     nnx.update(model, new_params)
-    nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+    new_slots = self._structure.flatten_up_to(opt_state)
+    for slot, value in zip(self._ordered(), new_slots, strict=True):
+      slot.set_value(value)
     self.step[...] += 1
     return updates
 
@@ -147,13 +171,15 @@ def _values(grads: Any) -> Any:
   return jax.tree.map(lambda x: x.get_raw_value() if _is_box(x) else x, grads, is_leaf=_is_box)
 
 
-def _without_empty(opt_state: Any) -> Any:
-  """The state without variables that hold no array, for a frozen leaf has none."""
+def _compact(opt_state: Any) -> Any:
+  """The state with every array in a variable, and no variable without an array: frozen leaves."""
 
-  def bare(x: Any) -> Any:
-    return x.get_raw_value() if _is_box(x) and not jax.tree.leaves(x) else x
+  def boxed(x: Any) -> Any:
+    if _is_box(x):
+      return x if jax.tree.leaves(x) else x.get_raw_value()
+    return nnx.OptArray(x)
 
-  return jax.tree.map(bare, opt_state, is_leaf=_is_box)
+  return jax.tree.map(boxed, opt_state, is_leaf=_is_box)
 
 
 def _is_box(x: Any) -> bool:
