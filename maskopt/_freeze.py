@@ -195,13 +195,15 @@ def selective_transform(
       packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
       return inner.update(grads, inner_state, values, **packed)
 
-    def remasked(state: SelectiveState, mask: Any) -> SelectiveState:
-      return _remask.remasked(inner, inner_update, state, mask, params, updates, where)
+    def remasked(state: SelectiveState, new: Layouts) -> SelectiveState:
+      return _remask.remasked(inner, inner_update, state, new, params, updates, where)
 
     if isinstance(next_mask, Turn):
-      state = _remask.once(next_mask.when, lambda s: remasked(s, next_mask.mask()), state)
+      state = _remask.once(
+        next_mask.when, lambda s: remasked(s, next_mask.layouts(s.layouts)), state
+      )
     elif next_mask is not None:
-      state = remasked(state, next_mask)
+      state = remasked(state, _remask.with_mask(state.layouts, next_mask, where))
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))

@@ -73,11 +73,12 @@ class Turn:
   """The next value of a runtime mask, if it is another.
 
   Attributes:
-    mask: a function without arguments that returns it, so that only a change pays for it.
+    layouts: from the layouts in place to those of the next value; a function, so that only a change
+      pays for it.
     when: whether it is another.
   """
 
-  mask: Callable[[], Any]
+  layouts: Callable[[Any], Any]
   when: Any
 
 

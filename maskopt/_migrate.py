@@ -19,6 +19,7 @@ from ._layout import Frozen, Full, Layout
 from ._multiplier import MultiplierState
 from ._packing import Layouts, Static
 from ._partition import PartitionState
+from ._stacks import ScheduledState
 
 Moments = Literal["keep", "reset", "hold"]
 
@@ -53,6 +54,7 @@ def migrate(
   Any layout goes to any other: masks, `prefer`, packed or plain Optax. Counts, schedules and
   injected hyperparameters go on; the mask, and the factors of `scale_by_multiplier`, are those of
   `to`. Kept values keep their bits; a leaf of which nothing changed shares its arrays with `state`.
+  A runtime schedule goes on at the step of another, with the moments of its own first mask.
 
   A thawed element starts with the values of `to.init`. Under an Adam that has run for t steps that
   makes its first updates up to 5 times too long. With `grads` it starts as if its gradient had
@@ -168,6 +170,10 @@ class _Merge:
     return not trial._problems
 
   def _merged(self, fresh: Any, sources: Sequence[_Source], new: Layouts, path: str) -> Any:
+    if isinstance(fresh, ScheduledState):
+      return self._scheduled(fresh, sources, new, path)
+    # The state of the mask that is in place, whoever put it there.
+    sources = [(s.inner_state if isinstance(s, ScheduledState) else s, k) for s, k in sources]
     if fresh is None or not sources or isinstance(fresh, (MaskedFreezeState, MultiplierState)):
       return _unmarked(fresh)
     if isinstance(fresh, SelectiveState):
@@ -184,6 +190,15 @@ class _Merge:
     if len(children) == 1 and children[0][0] == ():
       return self._leaf(fresh, sources[0][0], path)
     return self._node(fresh, children, treedef, sources, new, path)
+
+  def _scheduled(
+    self, fresh: ScheduledState, sources: Sequence[_Source], new: Layouts, path: str
+  ) -> ScheduledState:
+    """A runtime schedule goes on at the step of another, and begins after anything else."""
+    counts = [node.count for node, _ in sources if isinstance(node, ScheduledState)]
+    nodes = [(s.inner_state if isinstance(s, ScheduledState) else s, k) for s, k in sources]
+    inner = self._merged(fresh.inner_state, nodes, new, _tree.join(path, "inner_state"))
+    return fresh._replace(count=(counts or [fresh.count])[0], inner_state=inner)
 
   def _node(
     self, fresh: Any, children: Any, treedef: Any, sources: Any, new: Layouts, path: str

@@ -39,7 +39,7 @@ def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
 def turned(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
   """The same layouts with a mask that has its next value, or may have."""
   if isinstance(freeze_mask, Turn):
-    return once(freeze_mask.when, lambda x: with_mask(x, freeze_mask.mask(), where), layouts)
+    return once(freeze_mask.when, freeze_mask.layouts, layouts)
   return with_mask(layouts, freeze_mask, where)
 
 
@@ -47,12 +47,12 @@ def remasked(
   inner: Any,
   inner_update: Callable[[Layouts, Any, Any, Any], Any],
   state: Any,
-  freeze_mask: Any,
+  new: Layouts,
   params: Any,
   updates: Any,
   where: str,
 ) -> Any:
-  """The state of `selective_transform` for the next mask.
+  """The state of `selective_transform` for the layouts of the next mask.
 
     leaf'[k] = leaf[j] if trainable'[k] == trainable[j] else fresh[k]
 
@@ -60,7 +60,7 @@ def remasked(
   inner optimizer's `init` gives, with an Adam's moments as `_thaw` seeds them. Other leaves (step
   counts) are kept.
   """
-  old, new = state.layouts, with_mask(state.layouts, freeze_mask, where)
+  old = state.layouts
   values = new.take(params, where)
   fresh_masters = _masters.restart(state.masters, values)
   seen = _masters.over(fresh_masters, values)

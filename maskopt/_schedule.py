@@ -4,53 +4,23 @@ from __future__ import annotations
 
 import bisect
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _masks, _multiplier, _remask, _stages, _tree
+from . import _masks, _multiplier, _stacks, _stages, _tree
 from ._errors import Problem, describe, fail
-from ._freeze import mask_of
-from ._masks import Changing, Runtime, Turn
+from ._masks import Changing, Runtime
 from ._packed import is_packed
-from ._packing import Layouts
+from ._stacks import ScheduledState
 
 Mode = Literal["static", "runtime"]
 Order = Literal["up", "down", "random"]
 
 _WHERE = "maskopt.unfreeze_schedule(...)"
-
-
-class ScheduledState(NamedTuple):
-  """State of a transform whose mask is a runtime schedule.
-
-  Attributes:
-    count: updates so far.
-    stage: the stage of the coming update.
-    placed: the stage whose mask `inner_state` works with; the coming update takes it to `stage`.
-    masks: for each leaf that changes, its masks, one for each stage, stacked; for a function of the
-      step only the coming one.
-    inner_state: the state of the transform.
-  """
-
-  count: Any
-  stage: Any
-  placed: Any
-  masks: Any
-  inner_state: Any
-
-  def joined(self) -> Layouts:
-    """The freeze mask of the coming update; `mask_of` finds it."""
-    layouts = mask_of(self.inner_state)
-    return _remask.turned(layouts, self.turn(layouts.static.paths), _WHERE)
-
-  def turn(self, paths: Sequence[str]) -> Turn:
-    """The mask of the coming update, if it is not in place."""
-    return Turn(lambda: _present(paths, self.masks, self.stage), self.stage != self.placed)
 
 
 class Schedule(Changing):
@@ -139,17 +109,19 @@ class Schedule(Changing):
     first = make(lambda params: self._first(params)[0])
 
     def init(params: Any) -> ScheduledState:
-      masks = {} if _tree.is_placeholder(params) else self._first(_tree.parameters(params))[1]
-      count, stage, placed = (jnp.zeros((), jnp.int32) for _ in range(3))
-      return ScheduledState(count, stage, placed, masks, first.init(params))
+      # Where only the structure is asked for, a leaf stands for whatever the masks are.
+      masks = 0 if _tree.is_placeholder(params) else self._first(_tree.parameters(params))[1]
+      times = _stacks.boundaries(self.starts, self.period)
+      count, placed = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+      return ScheduledState(count, placed, times, masks, first.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-      flat = _tree.flatten(updates if params is None else params, is_leaf=is_packed)
-      turn = state.turn(flat.paths)
+      turn = state.turn()
       out, inner = first.update(updates, state.inner_state, params, freeze_mask=turn, **extra)
-      count = state.count + 1
-      stage, masks = self._coming(state, count, flat)
-      return out, ScheduledState(count, stage, state.stage, masks, inner)
+      state = state._replace(count=state.count + 1, placed=state.stage, inner_state=inner)
+      if callable(self._stages):
+        state = self._asked(state, updates if params is None else params)
+      return out, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -162,61 +134,29 @@ class Schedule(Changing):
     stages = [_masks.resolve(stage, params, _WHERE) for stage in self._stages]
     leaves, kept = [], {}
     for path, leaf, *masks in zip(flat.paths, flat.leaves, *stages, strict=True):
-      mask, stack = _stacked(masks, np.shape(leaf), path) if masks[0] is not None else (None, None)
+      if masks[0] is None:
+        mask, stack = None, None
+      else:
+        mask, stack = _stacks.stacked(masks, np.shape(leaf), path, _WHERE)
       leaves.append(mask)
       if stack is not None:
         kept[path] = jnp.asarray(stack)
     return _tree.nested(flat.paths, leaves), kept
 
-  def _coming(self, state: ScheduledState, count: Any, flat: _tree.Flat) -> tuple[Any, Any]:
-    """The stage of step `count`, and the masks the state keeps."""
-    if not callable(self._stages):
-      return self._traced_stage(count), state.masks
-    kept = _kept(flat, _masks.resolve(self._stages(count), flat, _WHERE))
+  def _asked(self, state: ScheduledState, shaped: Any) -> ScheduledState:
+    """The state with the mask that a function of the step gives the coming update."""
+    assert callable(self._stages)
+    flat = _tree.flatten(shaped, is_leaf=is_packed)
+    kept = _kept(flat, _masks.resolve(self._stages(state.count), flat, _WHERE))
     differ = [jnp.any(kept[path] != mask) for path, mask in state.masks.items()]
     changed = jnp.any(jnp.stack(differ)) if differ else jnp.asarray(False)
-    return state.stage + changed.astype(jnp.int32), kept
-
-  def _traced_stage(self, step: Any) -> Any:
-    step = step if self.period is None else step % self.period
-    starts = jnp.asarray(self.starts[1:], jnp.int32)
-    return jnp.sum(step >= starts, dtype=jnp.int32)
+    return state._replace(placed=-changed.astype(jnp.int32), masks=kept)
 
 
 def _kept(flat: _tree.Flat, masks: Sequence[Any]) -> dict[str, Any]:
   """The runtime masks of one step, as a stack of one."""
   found = zip(flat.paths, masks, strict=True)
   return {path: m.mask[None] for path, m in found if isinstance(m, Runtime)}
-
-
-def _present(paths: Sequence[str], masks: Mapping[str, Any], stage: Any) -> Any:
-  """The runtime masks of one stage; what never changes is left as it is."""
-
-  def chosen(path: str) -> Any:
-    if path not in masks:
-      return True
-    return Runtime(masks[path][jnp.minimum(stage, masks[path].shape[0] - 1)])
-
-  return _tree.nested(paths, [chosen(path) for path in paths])
-
-
-def _stacked(masks: Sequence[Any], shape: tuple[int, ...], path: str) -> tuple[Any, Any]:
-  """One leaf's mask at step 0 and its masks in all stages; none if it never changes."""
-  if any(isinstance(m, Runtime) for m in masks):
-    problem = Problem(path, "bools or NumPy arrays in every stage", "a runtime mask")
-    fail(_WHERE, [problem], "Leave maskopt.runtime to the schedule.")
-  if all(np.array_equal(m, masks[0]) for m in masks):
-    return masks[0], None
-  common = np.broadcast_shapes(*(np.shape(m) for m in masks))
-  common = (1,) * (len(shape) - len(common)) + common
-  if math.prod(common) == 1 and math.prod(shape) > 1:  # one element on a larger leaf is refused
-    widest = int(np.argmax(shape))
-    common = tuple(n if d == widest else 1 for d, n in enumerate(shape))
-  stack = np.stack([np.broadcast_to(m, common) for m in masks])
-  times = math.prod(shape) // max(math.prod(common), 1)
-  counts = {int(np.count_nonzero(~m)) * times for m in stack}
-  count = counts.pop() if len(counts) == 1 else None
-  return Runtime(jnp.asarray(stack[0]), count), stack
 
 
 def unfreeze_schedule(

@@ -253,6 +253,59 @@ def test_there_and_back_through_plain_optax():
   np.testing.assert_allclose(np.abs(updates["w"])[~stay], 0.1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("old", ["plain", "rows", "scattered"])
+def test_to_a_runtime_schedule_and_back(old):
+  """A schedule begins at its step 0; away from it, what trains now is what had the moments."""
+  inner = optax.adam(0.1)
+  schedule = maskopt.unfreeze_schedule(
+    {n: {"w": _rows(n, n + 1), "b": False} for n in range(3)}, mode="runtime"
+  )
+  start = inner if old == "plain" else selective(MASKS[old])
+  runtime = maskopt.selective_transform(inner, freeze_mask=schedule)
+  p, before = trained(start, GRADS[:3])
+  state = maskopt.migrate(before, p, to=runtime, grads=GRADS[3])
+  assert jax.tree.structure(state) == jax.tree.structure(runtime.init(p))
+  assert int(state.count) == 0 and int(state.inner_state.inner_state[0].count) == 3
+  known = np.broadcast_to(False, SHAPE) if old == "plain" else frozen(before)
+  full = before[0].nu["w"] if old == "plain" else moment(before, "nu")
+  stay = ~known & ~_rows(0, 1)
+  assert stay.any()
+  assert np.array_equal(bits(moment(state, "nu"))[stay], bits(full)[stay])
+  p, state = trained(runtime, GRADS[3:5], p, state)
+  assert int(state.placed) == 1  # and mask_of looks ahead, to stage 2
+  there = state.inner_state.inner_state[0].nu["w"].reshape(2, 4)
+  after = maskopt.migrate(state, p, to=selective(_rows(2, 3)), grads=GRADS[5])
+  assert same_bits(after.inner_state[0].nu["w"][0], there[1])
+  back = maskopt.migrate(state, p, to=inner, grads=GRADS[5])
+  assert same_bits(back[0].nu["w"][1:3], there) and int(back[0].count) == 5
+
+
+def test_a_runtime_schedule_goes_on_where_another_stood():
+  schedule = maskopt.unfreeze_schedule(
+    {0: _rows(0, 1), 2: _rows(1, 2), 4: _rows(2, 3)}, mode="runtime"
+  )
+  a, b = (
+    maskopt.selective_transform(optax.adam(rate), freeze_mask=schedule) for rate in (0.1, 0.01)
+  )
+  w = jnp.asarray(P["w"])
+  state = a.init(w)
+  for g in GRADS[:4]:
+    _, state = a.update(g["w"], state, w)
+  after = maskopt.migrate(state, w, to=b, grads=GRADS[4]["w"])
+  assert int(after.count) == 4
+  assert np.array_equal(maskopt.mask_of(after).freeze_mask, np.broadcast_to(_rows(2, 3), SHAPE))
+  updates, _ = b.update(GRADS[4]["w"], after, w)
+  assert np.array_equal(np.asarray(updates) != 0, np.broadcast_to(~_rows(2, 3), SHAPE))
+
+
+def test_a_scheduled_state_maps_over_its_parameters():
+  schedule = maskopt.unfreeze_schedule({0: _rows(0, 1), 2: _rows(1, 2)}, mode="runtime")
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=schedule)
+  state = optax.tree_map_params(tx, lambda x: x + 7, tx.init(jnp.asarray(P["w"])))
+  assert (state.inner_state.inner_state[0].mu == 7).all() and int(state.count) == 0
+  assert state.masks[""].shape == (2, 2, 1)
+
+
 def test_masters_go_along():
   p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
   a, b = (
