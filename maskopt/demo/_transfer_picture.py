@@ -74,10 +74,15 @@ def _draw_accuracies(axes: Any, curves: Curves) -> None:
     axes.plot([0, at[0]], [base, values[:, 0].mean()], color=_INKS[kind], lw=1.8, zorder=2)
     bars = _spread(values)
     axes.errorbar(at, values.mean(axis=0), bars, label=_NAMES[kind], zorder=3, **_line(kind))
-  axes.set_title("Accuracy on B (% of test images, ± standard deviation)")
-  axes.legend(frameon=False, loc="lower left", handlelength=1.8, labelspacing=0.6)
+  axes.set_title(f"Accuracy on B (% of test images{_bars(curves, 'deviation')})")
+  axes.legend(frameon=False, loc="best", handlelength=1.8, labelspacing=0.6)
   _calm(axes, curves)
   axes.set_xlabel("n, the number of layers taken")
+
+
+def _bars(curves: Curves, what: str) -> str:
+  """What bars show; of one split there are none."""
+  return f", ± standard {what}" if curves.base.size > 1 else ""
 
 
 def _at(curves: Curves, kind: str) -> np.ndarray:
@@ -112,14 +117,13 @@ def _draw_parts(axes: Any, curves: Curves) -> None:
   low, high = min(own.min(), other.min()), max(own.max(), other.max(), 0.0)
   room = 0.16 * max(high - low, 1)
   axes.set_ylim(low - room / 2, high + room)
-  # Over the last but one layer both parts have room for their names.
+  # At the last but one layer the names have room on both sides.
   at = curves.layers - 1
-  middle = (own[at] + other[at]) / 2
-  axes.text(at, middle, "specific to A", color=_RED, ha="center", va="center", weight="bold")
-  axes.text(
-    curves.layers, max(own.max(), 0) + room / 3, "adapted to each other", color=FROZEN, ha="right",
-    weight="bold",
-  )  # fmt: skip
+  middle, word = (own[at] + other[at]) / 2, {"weight": "bold"}
+  if own[at] - other[at] > room:
+    axes.text(at, middle, "specific to A", color=_RED, ha="center", va="center", **word)
+  top = high + room / 3
+  axes.text(curves.layers, top, "adapted to each other", color=FROZEN, ha="right", **word)
   axes.set_title("The cost of frozen layers (points against baseB)")
   _calm(axes, curves)
 
@@ -131,7 +135,7 @@ def _draw_close(axes: Any, curves: Curves) -> None:
     changes = curves.changes(kind)
     means, errors = zip(*changes, strict=True)
     axes.errorbar(_at(curves, kind), means, errors, **_line(kind))
-  axes.set_title("The other three, enlarged (points, ± standard error)")
+  axes.set_title(f"The other three, enlarged (points{_bars(curves, 'error')})")
   _calm(axes, curves)
   axes.set_xlabel("n, the number of layers taken")
 
