@@ -1,8 +1,8 @@
 """Every gradient transformation that Optax exports, set up for one contract.
 
-An entry names its factory and the extra arguments its `update` needs. `SEES_RANK` and
-`SEES_SIZE` list those that see more of a leaf than its numbers; `ABSENT` says why a public name is
-not run.
+An entry names its factory, the extra arguments its `update` needs, and whether its state keeps its
+types, as a scan demands. `SEES_RANK` and `SEES_SIZE` list those that see more of a leaf than its
+numbers; `ABSENT` says why a public name is not run.
 """
 
 import functools
@@ -18,7 +18,7 @@ class Entry(NamedTuple):
   make: object
   extra: tuple[str, ...] = ()
   dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
-  modes: tuple[str, ...] = ("eager", "jit")
+  scans: bool = True
 
 
 _LINESEARCH = ("value", "grad", "value_fn")
@@ -197,8 +197,12 @@ TABLE = {name: Entry(make) for name, make in {**_ALIASES, **_TRANSFORMS, **_CONT
     ),
     ("grad_fn",),
   ),
-  # Its state has no measurements before the first update, so no scan can carry it.
-  "monitor": Entry(_TRANSFORMS["monitor"], modes=("eager",)),
+  # Its state has no measurements before the first update.
+  "monitor": Entry(_TRANSFORMS["monitor"], scans=False),
+  # Narrow distances become float32 with the first update.
+  "scale_by_distance_over_gradients": Entry(
+    _TRANSFORMS["scale_by_distance_over_gradients"], scans=False
+  ),
   "MultiSteps": Entry(lambda: optax.MultiSteps(optax.adam(0.05), every_k_schedule=3)),
 }
 

@@ -124,24 +124,68 @@ def test_inject_hyperparams_inside_and_outside():
     assert not np.any(np.asarray(updates["w"]))
 
 
-def test_lookahead():
-  params = optax.LookaheadParams.init_synced(PARAMS)
-  tx = optax.lookahead(selective(optax.sgd(0.1)), sync_period=2, slow_step_size=0.5)
+def _looked_ahead(params, tx, steps=5):
+  params = optax.LookaheadParams.init_synced(params)
+  state = tx.init(params)
 
+  @jax.jit
   def step(params, state, grads):
     updates, state = tx.update(grads, state, params)
     return maskopt.apply_updates(params, updates), state
 
+  for seed in range(steps):
+    grads = strategies.gradients(seed, PARAMS)
+    grads = {k: g if params.fast[k].shape == g.shape else g[:, 1:2] for k, g in grads.items()
+             if k in params.fast}  # fmt: skip
+    params, state = step(params, state, grads)
+  return params
+
+
+@pytest.mark.parametrize("steps", [3, 4])  # between two synchronisations, and at one
+def test_below_lookahead(steps):
+  """Both trees: frozen elements stay, trainable ones are those of lookahead on the column alone."""
+  both = _looked_ahead(PARAMS, optax.lookahead(selective(optax.adam(0.1)), 2, 0.5), steps)
+  column = {"w": PARAMS["w"][:, 1:2]}
+  want = _looked_ahead(column, optax.lookahead(optax.adam(0.1), 2, 0.5), steps)
+  assert unmoved(both.fast) and unmoved(both.slow)
+  for got, expected in zip(both, want, strict=True):
+    np.testing.assert_allclose(got["w"][:, 1:2], expected["w"], rtol=1e-6)
+  assert np.allclose(both.fast["w"], both.slow["w"], rtol=1e-6) == (steps % 2 == 0)
+  assert (np.asarray(both.slow["w"])[:, 1] != np.asarray(PARAMS["w"])[:, 1]).all()
+
+
+def test_below_lookahead_finite_bits_stay():
+  """It moves the fast parameters to the slow by their difference, which no infinity survives."""
+  special = reference.special(np.float32)
+  p = {"w": jnp.asarray(np.concatenate([special, np.ones(3, np.float32)]))}
+  frozen = np.arange(p["w"].size) < special.size
+  tx = optax.lookahead(selective(optax.sgd(0.1), {"w": frozen}), 2, 0.5)
+  params = optax.LookaheadParams.init_synced(p)
   state = tx.init(params)
-  for seed in range(4):
-    params, state = jax.jit(step)(params, state, strategies.gradients(seed, PARAMS))
-  assert unmoved(params.fast) and unmoved(params.slow)
-  assert not np.allclose(np.asarray(params.slow["w"])[:, 1], np.asarray(PARAMS["w"])[:, 1])
-  # outside: the mask is over both trees
-  tx = selective(optax.lookahead(optax.sgd(0.1), 2, 0.5), mask={"fast": MASK, "slow": MASK})
-  both = optax.LookaheadParams.init_synced(jax.tree.map(jnp.array, PARAMS))
-  both = both._replace(slow=jax.tree.map(jnp.array, PARAMS))
-  with pytest.raises(Exception, match="LookaheadParams|shape|paths|a leaf"):
+  for _ in range(4):
+    updates, state = tx.update({"w": jnp.ones(p["w"].shape)}, state, params)
+    params = maskopt.apply_updates(params, updates)
+  signalling = np.isnan(special) & (reference.bits(special) & 1 << 22 == 0)
+  lost = np.flatnonzero(np.isinf(special) | signalling)
+  assert len(lost) == 5
+  for tree in params:
+    assert reference.moved(p["w"], tree["w"], frozen) == [[i] for i in lost]
+    assert (np.asarray(tree["w"])[~frozen] < 1).all()
+
+
+def test_around_lookahead_is_refused():
+  """Its gradients are those of the fast parameters alone, so no mask can be over both."""
+  tx = selective(optax.lookahead(optax.sgd(0.1), 2, 0.5), {"fast": MASK, "slow": MASK})
+  synced = optax.LookaheadParams.init_synced(PARAMS)
+  with pytest.raises(
+    ValueError, match=r"at slow/b, expected an array of its own, got .* at fast/b"
+  ):
+    tx.init(synced)
+  both = synced._replace(slow=jax.tree.map(jnp.array, PARAMS))
+  match = (
+    r"at fast/b, expected a leaf, got none; .*; at b, expected no leaf, got one; at w, .* one\."
+  )
+  with pytest.raises(ValueError, match=match):
     tx.update(PARAMS, tx.init(both), both)
 
 

@@ -109,7 +109,7 @@ def _default(name, dtype, mask, mode):
   """Whether the default run may give an optimizer this case."""
   entry = TABLE[name]
   slow = name in SLOW_EAGER and mode == "eager"
-  return dtype in entry.dtypes and mode in entry.modes and not slow
+  return dtype in entry.dtypes and not slow
 
 
 class Problem:
@@ -147,22 +147,22 @@ class Problem:
     return {name: known[name]() for name in names}
 
 
-def run(tx, apply, params, problem, extra, mode, steps, between=lambda p: p):
+def run(tx, apply, params, problem, entry, mode, steps, between=lambda p: p):
   """The parameters after so many steps."""
 
-  def step(carry, _):
+  def step(carry):
     params, state = carry
     grads = problem.grad(params)
-    updates, state = tx.update(grads, state, params, **problem.extra(extra, params, grads))
-    return (between(apply(params, updates)), state), None
+    updates, state = tx.update(grads, state, params, **problem.extra(entry.extra, params, grads))
+    return between(apply(params, updates)), state
 
-  state = tx.init(params)
-  if mode == "jit":
-    scan = jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])
-    return scan((params, state))[0]
-  carry = params, state
+  carry = params, tx.init(params)
+  if mode == "jit" and entry.scans:
+    scan = jax.jit(lambda c: jax.lax.scan(lambda c, _: (step(c), None), c, length=steps)[0])
+    return scan(carry)[0]
+  step = jax.jit(step) if mode == "jit" else step
   for _ in range(steps):
-    carry, _ = step(carry, None)
+    carry = step(carry)
   return carry[0]
 
 
@@ -199,7 +199,7 @@ def check(name, dtype, masks, mode, steps=STEPS):
   start = jax.tree.map(jnp.asarray, params)
   kinds = {path: layout.kind for path, layout in maskopt.mask_of(tx.init(start)).items()}
   assert {m: kinds[m] for m in masks} == {m: MASKS[m][3] for m in masks}
-  after = run(tx, maskopt.apply_updates, start, problem, entry.extra, mode, steps)
+  after = run(tx, maskopt.apply_updates, start, problem, entry, mode, steps)
 
   sub = Problem(*(reference.sub_problem(x, views) for x in (target, weight)), (0.0,))
   alone = run(
@@ -207,7 +207,7 @@ def check(name, dtype, masks, mode, steps=STEPS):
     optax.apply_updates,
     reference.sub_problem(params, views),
     sub,
-    entry.extra,
+    entry,
     mode,
     steps,
     between=functools.partial(reference.rezero, views=views),
@@ -275,8 +275,6 @@ def test_contract(name, dtype, mask, mode):
   [(n, d) for d in DTYPES for n in sorted(TABLE) if d in TABLE[n].dtypes],
 )
 def test_full_product(name, dtype, mode):
-  if mode not in TABLE[name].modes:
-    pytest.skip("Optax itself cannot run it in this mode")
   slow = name in SLOW_EAGER and mode == "eager"
   _checked(name, dtype, tuple(MASKS), mode, SLOW_EAGER_STEPS if slow else STEPS)
 
