@@ -262,7 +262,7 @@ def transfer(
   out: Out = Path("maskopt-demo"),
   as_json: Json = False,
 ) -> None:
-  """Yosinski et al. 2014: which layers learned on five digits serve the other five? Resumable."""
+  """Yosinski et al. 2014: do layers of five digits serve the other five? Goes on if interrupted."""
   begin, runs = time.perf_counter(), plan(range(seed, seed + seeds))
   ledger = _ledger(out / f"transfer-{steps}-steps", steps, runs)
   title = "How far do the layers of one half of the digits serve the other?"
