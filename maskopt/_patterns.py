@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import filterlib
 
-from . import _layers, _tree
+from . import _layers, _ties, _tree
 from ._complaints import Complaint, listing
 
 _FILTERS = (
@@ -44,10 +44,18 @@ class Subject:
     return _layers.layer_paths(self.source, self._layers)
 
   @functools.cached_property
-  def owners(self) -> dict[int, int | None]:
-    """The layer of each parameter."""
-    paths = self.flat.paths
-    return {k: _layers.owner(self.layers, paths[k], self.source) for k in self.live}
+  def paths(self) -> dict[int, tuple[str, ...]]:
+    """Every path of each parameter: a shared nnx variable goes by any of its names."""
+    others = _ties.other_names(self.source)
+    return {k: (path, *others.get(path, ())) for k, path in enumerate(self.flat.paths)}
+
+  @functools.cached_property
+  def owners(self) -> dict[int, set[int | None]]:
+    """The layers of each parameter; several where they share it."""
+    return {
+      k: {_layers.owner(self.layers, path, self.source) for path in self.paths[k]}
+      for k in self.live
+    }
 
   @functools.cached_property
   def variables(self) -> dict[str, tuple[tuple[Any, ...], Any]]:
@@ -58,14 +66,20 @@ class Subject:
 
     tree = _tree.parameters(self.source)
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
-    return {_tree.path_of(keys): (tuple(map(_part, keys)), node) for keys, node in found}
+    boxes = {_tree.path_of(keys): (tuple(map(_part, keys)), node) for keys, node in found}
+    for alias, path in _ties.aliases(self.source):
+      parts = tuple(int(part) if part.isdecimal() else part for part in alias.split("/"))
+      if path in boxes:
+        boxes[alias] = (parts, boxes[path][1])
+    return boxes
 
   def select(self, test: Callable[[str, Any], bool]) -> list[int]:
-    return [k for k in self.live if test(self.flat.paths[k], self.flat.leaves[k])]
+    leaves = self.flat.leaves
+    return [k for k in self.live if any(test(path, leaves[k]) for path in self.paths[k])]
 
   def names(self) -> list[str]:
     """The paths of all parameters and of the subtrees that hold them."""
-    paths = [self.flat.paths[k] for k in self.live]
+    paths = [path for k in self.live for path in self.paths[k]]
     return [n for n in dict.fromkeys(a for p in paths for a in _tree.ancestors(p)) if n]
 
 
@@ -167,7 +181,7 @@ def _of_layers(pattern: Any, subject: Subject) -> list[int]:
   except TypeError:
     remedy = "Write slice(None, -3) for all layers but the last three."
     raise Complaint("a slice of integers", show(pattern), remedy, TypeError) from None
-  found = [k for k in subject.live if subject.owners[k] in chosen]
+  found = [k for k in subject.live if not subject.owners[k].isdisjoint(chosen)]
   if found:
     return found
   empty = f"{listing([layers[k] for k in chosen])}, without parameters" if len(chosen) else "none"

@@ -1,5 +1,7 @@
 """`maskopt.nnx.layers`, `trainable_state`, `assign`, `freeze_mask`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def test_layers_in_network_order_with_what_trains():
   names = ["stem", "act", *(f"body/{k}" for k in range(11)), "a_head"]
   # The state files a shared module under the first of its names in sorted order.
   assert [x.name for x in found][1:] == names[1:]
-  assert [x.trainable for x in found] == ["partial", False] + [False] * 11 + [True]
+  assert [x.trainable for x in found] == ["partial", True] + [False] * 11 + [True]
   assert isinstance(found[-1].module, nnx.Linear) and found[-1].module.out_features == 2
   assert all(x.trainable for x in maskopt.nnx.layers(Net(nnx.Rngs(0))) if x.name != "act")
 
@@ -39,10 +41,106 @@ def test_layers_of_a_sequential_and_of_one_layer():
   model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.relu, nnx.Linear(3, 1, rngs=rngs))
   found = maskopt.nnx.layers(model, True)
   assert found[1].module is nnx.relu and not any(x.trainable for x in found)
+  mask = {"layers": {"0": True, "2": False}}
+  assert [x.trainable for x in maskopt.nnx.layers(model, mask)] == [False, True, True]
   (only,) = maskopt.nnx.layers(
     model.layers[0], {"kernel": maskopt.runtime(jnp.arange(3) < 1), "bias": True}
   )
   assert only.name == "" and only.module is model.layers[0] and only.trainable == "partial"
+
+
+def test_layers_without_parameters_follow_the_module_around_them():
+  """As in Keras, where `trainable` is a flag that only freezing something larger takes away."""
+
+  class Block(nnx.Module):
+    def __init__(self, rngs):
+      self.drop, self.dense = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
+
+  model = nnx.List([Block(nnx.Rngs(0)), Block(nnx.Rngs(1))])
+  net = nnx.Dict(blocks=model)
+  found = {
+    x.name: x.trainable for x in maskopt.nnx.layers(net, {"blocks": {"0": True, "1": False}})
+  }
+  assert found == {
+    "blocks/0/drop": False, "blocks/0/dense": False, "blocks/1/drop": True, "blocks/1/dense": True,
+  }  # fmt: skip
+  nothing = nnx.Sequential(nnx.relu, nnx.Dropout(0.1, rngs=nnx.Rngs(0)))
+  assert all(x.trainable is True for x in maskopt.nnx.layers(nothing))
+
+
+class Tied(nnx.Module):
+  """The state files the shared embedding under `decoder`, which is first in sorted order."""
+
+  def __init__(self, rngs):
+    self.encoder = nnx.Embed(5, 3, rngs=rngs)
+    self.middle = nnx.Linear(3, 3, rngs=rngs)
+    self.decoder = nnx.Linear(3, 5, rngs=rngs)
+    self.decoder.kernel = self.encoder.embedding
+
+
+RULES = [
+  ("encoder", True),
+  ("decoder/kernel", True),
+  ("enc*/embedding", True),
+  (0, True),
+  (nnx.PathContains("encoder"), True),
+  (re.compile("embedding"), True),
+  (lambda path, leaf: path == "encoder/embedding", True),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_name_shared_weights_by_any_of_their_paths(rule):
+  mask = nnx.to_pure_dict(maskopt.build_mask(Tied(nnx.Rngs(0)), [rule]))
+  assert mask["decoder"] == {"bias": False, "kernel": True}
+  assert mask["middle"] == {"bias": False, "kernel": False}
+
+
+def test_rules_on_shared_weights_that_can_never_apply():
+  model = Tied(nnx.Rngs(0))
+  with pytest.raises(
+    ValueError, match="a parameter left for this rule, got none: rules.0. 'encode"
+  ):
+    maskopt.build_mask(model, [("encoder", True), ("decoder/kernel", False)])
+  with pytest.raises(ValueError, match=r"none \(near paths: encoder, decoder\)"):
+    maskopt.build_mask(model, [("encodr", True)])
+  factors = nnx.to_pure_dict(maskopt.build_multipliers(model, [("encoder", 0.5)]))
+  assert factors["decoder"] == {"bias": 1.0, "kernel": 0.5}
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [
+    {"encoder": True, "middle": False, "decoder": {"bias": False}},
+    {"decoder": {"kernel": True, "bias": False}, "middle": False},
+    {"encoder": {"embedding": True}, "middle": False, "decoder": {"kernel": True, "bias": False}},
+  ],
+)
+def test_every_look_at_shared_weights_takes_a_mask_by_any_of_their_names(mask):
+  model = Tied(nnx.Rngs(0))
+  layers = {x.name: x.trainable for x in maskopt.nnx.layers(model, mask)}
+  assert layers == {"encoder": False, "middle": True, "decoder": "partial"}
+  report = maskopt.summary(model, mask)
+  assert report.parameters == 32 and report.frozen == 15
+  assert report.shared == (("encoder/embedding", "decoder/kernel"),)
+  assert "Shared, counted once: encoder/embedding is decoder/kernel" in str(report)
+  before = maskopt.snapshot(model)
+  model.encoder.embedding[...] = model.encoder.embedding[...].at[0, 0].set(7.0)
+  audit = maskopt.audit(before, model, mask)
+  assert [leaf.path for leaf in audit.leaves if leaf.changed] == ["decoder/kernel"]
+  assert maskopt.metrics(model, mask)["trainable_parameters"] == 17
+  state = maskopt.nnx.trainable_state(model, mask)
+  assert "kernel" not in state["decoder"] and "encoder" not in state
+
+
+def test_shared_layers_count_in_each_that_shares():
+  mask = {"encoder": False, "middle": True, "decoder": {"bias": True}}
+  found = {x.name: x.trainable for x in maskopt.nnx.layers(Tied(nnx.Rngs(0)), mask)}
+  assert found == {"encoder": True, "middle": False, "decoder": "partial"}
+  with pytest.raises(
+    ValueError, match="summary.*at encoder, expected the mask of decoder/kernel, w"
+  ):
+    maskopt.summary(Tied(nnx.Rngs(0)), {"encoder": True, "middle": False, "decoder": False})
 
 
 def test_layers_with_a_wrong_mask():

@@ -39,7 +39,7 @@ def mixed():
     "none": None,
   }
   mask = {
-    "a": {"kernel": rng.random((300, 400)) < 0.95, "bias": True},
+    "a": {"kernel": rng.random((300, 400)) < 0.99, "bias": True},
     "b": {"kernel": np.arange(64)[:, None] >= 10, "bias": False},
     "ids": True,
     "none": None,

@@ -207,7 +207,10 @@ def _tell_layers(report: Report, network: Network) -> None:
     ("frozen:", *columns),
     [(name, *(str(column[name]) for column in columns.values())) for name in columns["all"]],
   )
-  report.say("Keras has a flag on layers without parameters too; here nothing in them trains.")
+  report.say(
+    "As in Keras, but for flatten under layers[:-3]: there the loop takes its flag too; a mask "
+    "speaks of parameters, and flatten has none."
+  )
 
 
 def _tell_stages(report: Report, stages: list[Stage]) -> None:

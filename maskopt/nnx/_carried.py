@@ -15,11 +15,10 @@ import numpy as np
 from flax import nnx
 from jax import core
 
-from .. import _masks, _tree
+from .. import _masks, _ties, _tree
 from .._errors import Problem, fail
 from .._masks import Changing, LeafMask, Runtime
 from .._packing import Layouts
-from . import _ties
 
 SUFFIX = "_freeze_mask"
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from .. import _layers, _masks, _tree
+from .. import _layers, _masks, _ties, _tree
 from .._complaints import Complaint
 from .._errors import Problem, fail
 from .._masks import LeafMask, Runtime
@@ -23,8 +23,9 @@ class Layer:
   Attributes:
     name: its path, as rules and errors write it; empty for a network that is one layer.
     module: the module, or whatever stands at the path: a function, a parameter.
-    trainable: True if all its parameters train, "partial" if some elements do, else False; False
-      for a layer without parameters.
+    trainable: True if all its parameters train, "partial" if some elements do, else False. A layer
+      without parameters is trainable, as in Keras, unless the smallest module around it that has
+      some is wholly frozen: a mask cannot speak of it alone.
   """
 
   name: str
@@ -35,7 +36,7 @@ class Layer:
 def layers(model: nnx.Module, freeze_mask: Any = None) -> list[Layer]:
   """List the layers of a network in network order, each with what of it trains.
 
-    trainable = True if count == size, False if count == 0, else "partial"
+    trainable = True if count == size, False if count == 0, else "partial"    of its parameters
 
   Args:
     model: any nnx module. Layers stand in the order in which the network has its attributes
@@ -44,7 +45,8 @@ def layers(model: nnx.Module, freeze_mask: Any = None) -> list[Layer]:
       carry.
   Returns:
     One `Layer` for each, with `.name`, `.module` and `.trainable`; `build_mask` counts the same
-    layers. A runtime mask at a parameter makes its layer "partial".
+    layers. A runtime mask at a parameter makes its layer "partial". A parameter that layers share
+    counts in each of them.
   Raises:
     ValueError: the mask does not fit the model, or the order of its layers is unknown.
     TypeError: a mask leaf is not boolean.
@@ -57,7 +59,7 @@ def layers(model: nnx.Module, freeze_mask: Any = None) -> list[Layer]:
     >>> for layer in maskopt.nnx.layers(model, mask):
     ...   print(layer.name, layer.trainable)
     layers/0 False
-    layers/1 False
+    layers/1 True
     layers/2 partial
   """
   where = "maskopt.nnx.layers(freeze_mask=...)"
@@ -67,15 +69,32 @@ def layers(model: nnx.Module, freeze_mask: Any = None) -> list[Layer]:
   except Complaint as c:
     fail("maskopt.nnx.layers(model)", [Problem("", c.expected, c.got, c.kind)], c.remedy)
   flat, masks = _masks_of(model, freeze_mask, nnx.Param, where)
-  counts: list[tuple[bool, bool]] = []
-  owners = [_layers.owner(names, path, model) for path in flat.paths]
-  for k in range(len(names)):
-    own = [_trains(masks[i]) for i, owner in enumerate(owners) if owner == k]
-    counts.append((any(some for some, _ in own), bool(own) and all(every for _, every in own)))
+  shared = _ties.other_names(model)
+  trains = {
+    name: _trains(mask)
+    for path, mask in zip(flat.paths, masks, strict=True)
+    for name in (path, *shared.get(path, ()))
+  }
+  owners = {path: _layers.owner(names, path, model) for path in trains}
+  own = [[trains[path] for path, k in owners.items() if k == layer] for layer in range(len(names))]
   return [
-    Layer(name, _at(model, name), every or ("partial" if some else False))
-    for name, (some, every) in zip(names, counts, strict=True)
+    Layer(name, _at(model, name), _trainable(parameters or _around(name, trains)))
+    for name, parameters in zip(names, own, strict=True)
   ]
+
+
+def _around(name: str, trains: dict[str, tuple[bool, bool]]) -> list[tuple[bool, bool]]:
+  """What stands for a layer without parameters: whether anything trains in the module around it."""
+  inside = ([x for p, x in trains.items() if _tree.covers(a, p)] for a in _tree.ancestors(name))
+  some = any(some for some, _ in next(filter(None, inside), [(True, True)]))
+  return [(some, some)]
+
+
+def _trainable(parameters: list[tuple[bool, bool]]) -> bool | Literal["partial"]:
+  """What a layer says of itself, of (some elements train, all do) of its parameters."""
+  if all(every for _, every in parameters):
+    return True
+  return "partial" if any(some for some, _ in parameters) else False
 
 
 def trainable_state(model: nnx.Module, freeze_mask: Any = None) -> nnx.State:

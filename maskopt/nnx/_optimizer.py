@@ -8,11 +8,11 @@ import jax
 import optax
 from flax import nnx
 
-from .. import _freeze, _masks, _tree
+from .. import _freeze, _masks, _ties, _tree
 from .._choice import Prefer
 from .._errors import Problem, fail
 from .._packed import is_packed
-from . import _carried, _ties
+from . import _carried
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -201,6 +201,9 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
     ---------------------------------------
     ! w: 1 that changed: [0] 0.0 -> -0.0
   """
+  source = next((x for x in (after, before) if isinstance(x, nnx.Module)), None)
+  if source is not None:
+    freeze_mask = _parts.under_own_names(freeze_mask, source, _WHERE)
   first, second = (taken(x, _WHERE, copy=False) for x in (before, after))
   params, mask, others = _parts.parts(first.tree, freeze_mask)
   specs = _parts.parts(first.specs, freeze_mask)[0]
@@ -208,8 +211,7 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
   old, new = _tree.flatten(params), _tree.flatten(new_params)
   by_path = matched(old, new, _WHERE)
   layouts = _elements.analysed(mask, specs, _WHERE)
-  source = next((x for x in (after, before) if isinstance(x, nnx.Module)), params)
-  order = _parts.network_order(source, old.paths)
+  order = _parts.network_order(params if source is None else source, old.paths)
   leaves = [
     _compared(path, leaf, by_path[path], layout, index, limit)
     for path, leaf, layout, index in (

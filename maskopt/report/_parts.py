@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import core
 
-from .. import _layers, _masks, _tree
+from .. import _layers, _masks, _ties, _tree
 from .._complaints import Complaint
 from .._errors import Problem
 from .._packing import Layouts
@@ -40,14 +40,16 @@ class Other:
   value: Any
 
 
-def parts(tree: Any, freeze_mask: Any) -> tuple[Any, Any, list[Other]]:
+def parts(
+  tree: Any, freeze_mask: Any, where: str = "freeze_mask=..."
+) -> tuple[Any, Any, list[Other]]:
   """Return the parameters, the mask over them, and everything else that the tree holds.
 
   The variables of linen come apart unless the mask speaks of the other collections too. A function
   is a mask over the parameters and is left for the analysis to call.
   """
   if isinstance(tree, nnx.Module):
-    return _tree.parameters(tree), freeze_mask, beside(tree)
+    return _tree.parameters(tree), under_own_names(freeze_mask, tree, where), beside(tree)
   if not _is_variables(tree):
     return tree, freeze_mask, []
   named = _collections_named(freeze_mask)
@@ -58,6 +60,14 @@ def parts(tree: Any, freeze_mask: Any) -> tuple[Any, Any, list[Other]]:
   if isinstance(freeze_mask, Layouts):
     return {"params": tree["params"]}, freeze_mask, list(_collections(tree))
   return tree["params"], freeze_mask["params"], list(_collections(tree))
+
+
+def under_own_names(freeze_mask: Any, module: nnx.Module, where: str) -> Any:
+  """The mask with shared variables under the names that the module's state has for them."""
+  if freeze_mask is None or isinstance(freeze_mask, Layouts) or _masks.is_function(freeze_mask):
+    return freeze_mask
+  paths = _tree.flatten(module).paths
+  return _ties.renamed(freeze_mask, module, paths, where)
 
 
 def beside(tree: Any) -> list[Other]:

@@ -98,7 +98,7 @@ def _columns(leaves: int, compared: bool) -> int:
 
 def _panels(params: Any, freeze_mask: Any, before: Any) -> list[_Panel]:
   """Analyse the mask once and reduce every leaf to its images."""
-  inner, mask, _ = _parts.parts(params, freeze_mask)
+  inner, mask, _ = _parts.parts(params, freeze_mask, _WHERE)
   flat = _tree.flatten(inner)
   layouts = _elements.analysed(mask, inner, _WHERE)
   old = new = None

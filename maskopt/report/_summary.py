@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _masks, _tree
+from .. import _masks, _ties, _tree
 from .._errors import show
 from .._layout import Index, Layout
 from .._masks import FreezeMask
@@ -67,12 +67,14 @@ class Summary(Shown):
     slips: units whose kernel is frozen and whose bias is not, and the reverse.
     others: (kind, arrays, values) of what a module holds beside its parameters.
     live: normalisation layers that follow the batch although units there are frozen.
+    shared: (further path, path of the row) of every parameter that a module holds under several.
   """
 
   rows: tuple[Row, ...]
   slips: tuple[Slip, ...] = ()
   others: tuple[tuple[str, int, int], ...] = ()
   live: tuple[str, ...] = ()
+  shared: tuple[tuple[str, str], ...] = ()
 
   @property
   def parameters(self) -> int:
@@ -120,6 +122,9 @@ class Summary(Shown):
       ("", f"  frozen: {self.frozen:,} ({frozen})"),
       ("", f"Adam's state: {_show.size(self.optimizer_bytes)}{self._saved()}"),
     ]
+    if self.shared:
+      same = [f"{alias} is {path}" for alias, path in self.shared]
+      notes.append(("dim", f"Shared, counted once: {_show.listed(same)}"))
     if self.others:
       parts = [
         f"{_show.counted(n, 'array')} of {kind} ({_show.counted(values, 'value')})"
@@ -204,7 +209,7 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
   """
   where = "maskopt.summary(freeze_mask=...)"
   source = params
-  params, freeze_mask, others = _parts.parts(params, freeze_mask)
+  params, freeze_mask, others = _parts.parts(params, freeze_mask, where)
   flat = _tree.flatten(params)
   if freeze_mask is None:
     # Without a mask nothing can be wrong with it: shared arrays and integers are only shown.
@@ -225,6 +230,7 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
     tuple(_slips.find([item[:3] for item in items])),
     _kinds(others),
     _live.live_statistics(source, {row.path: row.frozen for row in rows}),
+    tuple(x for x in _ties.aliases(source) if x[1] in {row.path for row in rows}),
   )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from .. import _masks, _tree
-from .._errors import Problem, fail
+from . import _masks, _tree
+from ._errors import Problem, fail
 
 
 def names(model: Any) -> dict[int, str]:
@@ -40,6 +40,14 @@ def aliases(model: Any) -> list[tuple[str, str]]:
     first, *others = ("/".join(map(str, parts)) for parts in group)
     below = [path for path in variables if _tree.covers(first, path)]
     found += [(other + path[len(first) :], path) for other in others for path in below]
+  return found
+
+
+def other_names(model: Any) -> dict[str, tuple[str, ...]]:
+  """The further paths of each variable that has several, by the path that the state has."""
+  found: dict[str, tuple[str, ...]] = {}
+  for alias, path in aliases(model):
+    found[path] = (*found.get(path, ()), alias)
   return found
 
 
