@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import flax.core
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import optax
 import pytest
 import reference
 import strategies
-from hypothesis import given, strategies as st
+from flax import nnx
+from hypothesis import given, settings, strategies as st
 
 import maskopt
 
@@ -119,6 +121,27 @@ def test_stop_gradient_stops_frozen_elements(problem):
 
   for k, g in jax.grad(loss)(params).items():
     np.testing.assert_array_equal(g, np.where(full[k], 0, 2 * np.asarray(params[k])))
+
+
+@settings(max_examples=8)
+@given(strategies.problems(max_leaves=2), st.booleans())
+def test_containers_and_prefixes_do_not_matter(problem, frozen):
+  """dict = FrozenDict = nnx.State, and a bool for a subtree is that bool for each of its leaves."""
+  params, mask, full = problem
+  params = {"a": params, "b": jax.tree.map(lambda x: x + 1, params)}
+  fine = {"a": full, "b": {k: np.full(m.shape, frozen) for k, m in full.items()}}
+  coarse = {"a": mask, "b": frozen}
+
+  def after(params, mask):
+    tx = maskopt.selective_transform(INNER["momentum"](), freeze_mask=mask, prefer="memory")
+    return steps(tx, params)
+
+  expected = after(params, fine)
+  for container in (dict, flax.core.freeze, lambda p: nnx.State(jax.tree.map(nnx.Param, p))):
+    got = after(container(params), coarse)
+    assert jax.tree.structure(got) == jax.tree.structure(container(params))
+    assert reference.same_bits(jax.tree.leaves(got), jax.tree.leaves(expected))
+  assert reference.same_bits(after(params, flax.core.freeze(coarse)), expected)
 
 
 def test_adam_against_numpy():
