@@ -25,10 +25,10 @@ from ._errors import Problem, describe, fail, show
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
-_TRACED = "a bool that jit traced"
+_TRACED = "a traced bool"
 _CLOSE_OVER = (
-  "An argument of jit is data, a bool too: close over the bools of a mask, or give arrays of the "
-  "parameter's shape."
+  "What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or give arrays "
+  "of the parameter's shape."
 )
 _REMEDIES = {
   "a freeze mask": _BUILD,

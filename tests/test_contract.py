@@ -268,6 +268,12 @@ def test_contract(name, dtype, mask, mode):
   _checked(name, dtype, (mask,), mode)
 
 
+@functools.lru_cache(maxsize=1)
+def _forget_other_than(dtype):
+  """Compiled programs of one dtype only: those of all are 4 GB in each process."""
+  jax.clear_caches()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -276,6 +282,7 @@ def test_contract(name, dtype, mask, mode):
   [(n, d) for d in DTYPES for n in sorted(TABLE) if d in TABLE[n].dtypes],
 )
 def test_full_product(name, dtype, mode):
+  _forget_other_than(dtype)
   slow = name in SLOW_EAGER and mode == "eager"
   _checked(name, dtype, tuple(MASKS), mode, SLOW_EAGER_STEPS if slow else STEPS)
 

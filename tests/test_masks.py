@@ -140,9 +140,11 @@ def test_a_bool_among_the_arguments_of_jit_is_refused(call):
   params = {"dense": {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}, "scale": jnp.ones(())}
   trace = jax.jit(lambda mask: CALLS[call](mask, params))
   units = jnp.asarray(COLUMNS)
-  remedy = r"\. An argument of jit is data, a bool too: close over the bools of a mask, or give arr"
-  bad = r"at dense/b, expected bool broadcastable to \(4,\), got a bool that jit traced"
-  also = r"at dense/w, expected bool broadcastable to \(3, 4\), got a bool that jit traced"
+  remedy = (
+    r"\. What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or"
+  )
+  bad = r"at dense/b, expected bool broadcastable to \(4,\), got a traced bool"
+  also = r"at dense/w, expected bool broadcastable to \(3, 4\), got a traced bool"
   for mask, match in (
     ({"dense": {"w": units, "b": True}, "scale": True}, bad + remedy),
     ({"dense": {"w": np.True_, "b": False}, "scale": True}, f"{bad}; {also}{remedy}"),
@@ -165,7 +167,7 @@ def test_a_traced_bool_as_the_next_mask_is_refused():
   tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
   state = tx.init(params)
   step = jax.jit(lambda m: tx.update(params, state, params, freeze_mask=m)[0])
-  with pytest.raises(ValueError, match=r"selective_transform.*at b, .*\(2,\), got a bool that jit"):
+  with pytest.raises(ValueError, match=r"selective_transform.*at b, .*\(2,\), got a traced bool"):
     step(mask)
   updates = jax.jit(lambda w: tx.update(params, state, params, freeze_mask={"w": w, "b": True})[0])(
     maskopt.runtime(~COLUMNS)
