@@ -27,8 +27,8 @@ FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 _BUILD = "Build the mask with maskopt.build_mask."
 _TRACED = "a traced bool"
 _CLOSE_OVER = (
-  "What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or give arrays "
-  "of the parameter's shape."
+  "What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or give "
+  "arrays of the parameter's shape."
 )
 _REMEDIES = {
   "a freeze mask": _BUILD,
