@@ -30,7 +30,7 @@ def save(outcomes: list[Outcome], images: Images, path: Path) -> Path:
   """Draw the picture of the first three ways and save it as a PNG."""
   drawn = outcomes[:DRAWN]
   with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(13.5, 11.2), dpi=110, facecolor="white")
+    figure = Figure(figsize=(13.5, 11.2), dpi=100, facecolor="white")
     rows = figure.add_gridspec(
       *(3, 1),
       height_ratios=(1.15, 1, 1),

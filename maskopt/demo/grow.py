@@ -251,7 +251,7 @@ def trained(
     run = _training.start(way.name, graph, params, stage.tx, maskopt.apply_updates, grad)
     run.state = stage.state
   else:
-    # With a fresh state: moments of the pair before would make it forget more of that.
+    # Its best: with the moments of the pair before, `nothing frozen` forgot 15 points and not 3.
     run = _training.start(way.name, graph, params, stage.tx)
   asked = (Images(x.pixels, x.labels - np.int32(first)) for x in batches)
   _training.train([run], asked, tick=tick(way, pair))
