@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from . import _choice
+from . import _choice, _fresh
+from ._fresh import Constant
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 
 Carry = Callable[[Any, Any], Any]
@@ -22,7 +23,7 @@ _SINGLE = (Slice, Block)  # one product of index sets
 
 
 def carrier(old: Layout, old_index: Index, new: Layout, new_index: Index) -> Carry:
-  """Return `carry(before, after)`, the new layout's values.
+  """Return `carry(before, after)`, the new layout's values; `after` may be a `Constant`.
 
     carry(before, after)[k] = before[j] if new trains k-th what old trains j-th else after[k]
 
@@ -48,7 +49,7 @@ def carrier(old: Layout, old_index: Index, new: Layout, new_index: Index) -> Car
 
 
 def _selected(frozen: Any, before: Any, after: Any) -> Any:
-  return jnp.where(frozen, after, before)
+  return jnp.where(frozen, _fresh.operand(after), before)
 
 
 def _taken(old: Layout, old_index: Index, new: Layout, new_index: Index, *values: Any) -> Any:
@@ -57,13 +58,29 @@ def _taken(old: Layout, old_index: Index, new: Layout, new_index: Index, *values
   if isinstance(old, Full):
     return found
   frozen = jnp.broadcast_to(old_index["frozen"], old.shape).astype(jnp.uint8)
-  return jnp.where(new.take(frozen, new_index) == 0, found, after)
+  return jnp.where(new.take(frozen, new_index) == 0, found, _fresh.operand(after))
 
 
 def _put(old: Layout, old_index: Index, new: Layout, new_index: Index, *values: Any) -> Any:
   before, after = values
-  found = old.put(before, after, old_index)
-  return found if isinstance(new, Full) else jnp.where(new_index["frozen"], after, found)
+  found = _written(old, old_index, before, after)
+  if isinstance(new, Full):
+    return found
+  return jnp.where(new_index["frozen"], _fresh.operand(after), found)
+
+
+def _written(layout: Layout, index: Index, values: Any, x: Any) -> Any:
+  """`layout.put(values, x, index)`; on a constant in one pass."""
+  if isinstance(x, Constant):
+    return _on_constant(layout, x.shape, index, values, x.value)
+  return layout.put(values, x, index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _on_constant(
+  layout: Layout, shape: tuple[int, ...], index: Index, values: Any, value: Any
+) -> Any:
+  return layout.put(values, jnp.full(shape, value), index)
 
 
 def _between_products(old: Layout, new: Layout) -> Carry:
@@ -80,8 +97,8 @@ def _between_products(old: Layout, new: Layout) -> Carry:
   )
 
   def carry(before: Any, after: Any) -> Any:
-    found = before if take.count == before.size else take.take(before, here)
-    return found if put.count == after.size else put.put(found, after, there)
+    found = before if take.shape == take.packed_shape else take.take(before, here)
+    return found if put.shape == put.packed_shape else _written(put, there, found, after)
 
   return carry
 
@@ -107,7 +124,8 @@ def _between_positions(old: Any, new: Any) -> Carry:
 
   def carry(before: Any, after: Any) -> Any:
     moved = before.reshape(-1).at[slot].get(mode="promise_in_bounds", indices_are_sorted=True)
-    return jnp.where(stays, moved, after.reshape(-1)).reshape(after.shape)
+    rest = after.value if isinstance(after, Constant) else after.reshape(-1)
+    return jnp.where(stays, moved, rest).reshape(after.shape)
 
   return carry
 
@@ -117,7 +135,8 @@ def _through_leaf(old: Layout, old_index: Index, new: Layout, new_index: Index, 
   before, after = v
   ones = old.put(jnp.ones_like(before), jnp.zeros(old.shape, before.dtype), old_index)
   found = old.put(before, jnp.zeros(old.shape, before.dtype), old_index)
-  return jnp.where(new.take(ones, new_index) != 0, new.take(found, new_index), after)
+  known = new.take(ones, new_index) != 0
+  return jnp.where(known, new.take(found, new_index), _fresh.operand(after))
 
 
 def frozen(layout: Layout, index: Index) -> Any:
@@ -130,6 +149,7 @@ def stacked(carry: Carry, layout: Layout, before: Any, after: Any) -> Any:
   """Carry values that stand in stacks, as L-BFGS keeps them: leading dimensions are mapped over."""
   shape = layout.packed_shape or ()
   extra = np.ndim(after) - len(shape)
+  after = _fresh.whole(after) if extra else after
   for _ in range(extra):
     carry = jax.vmap(carry)
   return carry(before, after)

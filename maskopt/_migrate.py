@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _carry, _masks, _packing, _thaw, _tree
+from . import _carry, _fresh, _masks, _owned, _packing, _thaw, _tree
 from ._errors import Problem, describe, fail, show
 from ._freeze import Held, MaskedFreezeState, SelectiveState
+from ._fresh import Constant
 from ._layout import Frozen, Full, Layout
 from ._multiplier import MultiplierState
+from ._owned import Owned
 from ._packing import Layouts, Static
 from ._partition import PartitionState
 from ._stacks import ScheduledState
@@ -30,13 +32,6 @@ _REMEDY = (
 )
 # A part of the old state: its node, and the layouts its packed values have.
 _Source = tuple[Any, Layouts]
-
-
-class _Params:
-  """Stands in a state for a tree shaped like the parameters."""
-
-  def __init__(self, tree: Any):
-    self.tree = tree
 
 
 def migrate(
@@ -96,16 +91,17 @@ def migrate(
     problem = Problem("", '"keep", "reset" or "hold"', repr(moments))
     fail("maskopt.migrate(moments=...)", [problem], "Leave it out to keep moments.")
   params = _tree.parameters(params)
-  fresh = to.init(params)
+  fresh = _fresh.state(to.init, params)
+  adams = bool(_thaw.nodes(fresh))
+  if adams and grads is not None:
+    counted = _Merge(params, "reset").run(to, fresh, state)
+    counts = [n.count for n in _thaw.nodes(counted) if n.count is not None]
+    start = _fresh.whole(fresh)
+    fresh = _thaw.seeded(lambda s: to.update(grads, s, params)[1], start, counts)
   merge = _Merge(params, moments)
-  migrated = merge.run(_marked(to, fresh), state)
-  if _thaw.nodes(fresh):
-    if grads is None:
-      _warn_of_jolt(merge, migrated)
-    else:
-      counts = [n.count for n in _thaw.nodes(migrated) if n.count is not None]
-      seeded = _thaw.seeded(lambda s: to.update(grads, s, params)[1], fresh, counts)
-      migrated = merge.run(_marked(to, seeded), state)
+  migrated = _fresh.whole(merge.run(to, fresh, state))
+  if adams and grads is None:
+    _warn_of_jolt(merge, migrated)
   return migrated
 
 
@@ -117,25 +113,6 @@ def _plain(params: Any) -> Layouts:
     for x in flat.leaves
   ]
   return Layouts(Static.of(flat.paths, layouts), [{}] * len(layouts))
-
-
-def _marked(to: Any, state: Any) -> Any:
-  """The state with every tree shaped like the parameters as one `_Params` leaf."""
-  try:
-    return optax.tree_map_params(to, _Params, state, is_leaf=lambda _: True)
-  except Exception as error:
-    got = f"{type(error).__name__}: {error}"[:200]
-    problem = Problem("", "a transform that optax.tree_map_params can map", got)
-    fail("maskopt.migrate(to=...)", [problem], "Migrate its parts one by one.")
-
-
-def _unmarked(state: Any) -> Any:
-  return jax.tree.map(lambda x: x.tree if isinstance(x, _Params) else x, state)
-
-
-def _children(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-  """One level of a tree: the children under their keys, and how to build it again."""
-  return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
 class _Merge:
@@ -156,9 +133,10 @@ class _Merge:
     self._alive: list[Any] = []  # keeps the ids in `_carries` unique
     self._placings: dict[tuple[int, ...], tuple[Layouts, list[Layouts]]] = {}
 
-  def run(self, fresh: Any, state: Any) -> Any:
+  def run(self, to: Any, fresh: Any, state: Any) -> Any:
     """The fresh state with what the old one has; raises for all that has no place."""
-    merged = self._merged(fresh, [(state, self._plain)], self._plain, "")
+    marked = _owned.marked(to, fresh, "maskopt.migrate(to=...)")
+    merged = self._merged(marked, [(state, self._plain)], self._plain, "")
     if self._problems:
       fail(_WHERE, self._problems, _REMEDY)
     return merged
@@ -175,7 +153,7 @@ class _Merge:
     # The state of the mask that is in place, whoever put it there.
     sources = [(s.inner_state if isinstance(s, ScheduledState) else s, k) for s, k in sources]
     if fresh is None or not sources or isinstance(fresh, (MaskedFreezeState, MultiplierState)):
-      return _unmarked(fresh)
+      return _owned.unmarked(fresh)
     if isinstance(fresh, SelectiveState):
       return self._selective(fresh, self._selected(sources), path)
     if isinstance(fresh, PartitionState):
@@ -184,9 +162,9 @@ class _Merge:
     sources = [
       (s.inner_state, s.layouts) if isinstance(s, SelectiveState) else (s, k) for s, k in sources
     ]
-    if isinstance(fresh, _Params):
+    if isinstance(fresh, Owned):
       return self._placed(fresh.tree, sources, new, path)
-    children, treedef = _children(fresh)
+    children, treedef = _owned.children(fresh)
     if len(children) == 1 and children[0][0] == ():
       return self._leaf(fresh, sources[0][0], path)
     return self._node(fresh, children, treedef, sources, new, path)
@@ -203,12 +181,12 @@ class _Merge:
   def _node(
     self, fresh: Any, children: Any, treedef: Any, sources: Any, new: Layouts, path: str
   ) -> Any:
-    inner = [(_children(s)[0], k) for s, k in sources]
+    inner = [(_owned.children(s)[0], k) for s, k in sources]
     keys = [key for key, _ in children]
     for (node, _), (found, _) in zip(sources, inner, strict=True):
       if type(node) is not type(fresh) or [key for key, _ in found] != keys:
-        self._problems.append(Problem(path, _named(fresh), _named(node)))
-        return _unmarked(fresh)
+        self._problems.append(Problem(path, _owned.named(fresh), _owned.named(node)))
+        return _owned.unmarked(fresh)
     merged = [
       self._merged(
         child, [(found[n][1], k) for found, k in inner], new, _tree.join(path, _tree.path_of(key))
@@ -312,7 +290,7 @@ class _Merge:
       return _carry.stacked(self._carry(k, old, new), b, before, after)
     elif a == b and before.shape == after.shape:
       return before
-    elif before.shape != after.shape or not bool(jnp.array_equal(before, after)):
+    elif before.shape != after.shape or not bool(jnp.all(before == _fresh.operand(after))):
       expected = f"a value for each trainable element of a leaf of shape {a.shape}"
       self._problems.append(Problem(path, expected, describe(before)))
     return after
@@ -333,10 +311,22 @@ class _Merge:
       path: None
       for new, olds in self._placings.values()
       for k, path in enumerate(new.static.paths)
-      if all(_gains(old, new, k) for old in olds)
-      and bool(np.any(np.logical_and.reduce([_frozen(old, k) for old in olds]) & ~_frozen(new, k)))
+      if all(_gains(old, new, k) for old in olds) and self._begins(olds, new, k)
     }
     return list(paths)
+
+  def _begins(self, olds: Sequence[Layouts], new: Layouts, k: int) -> bool:
+    """Whether an element of leaf k has no value in any source: ones are moved, as moments are."""
+    layout = new.static.layouts[k]
+    assert layout is not None and layout.packed_shape is not None
+    known: Any = Constant(jnp.zeros((), jnp.uint8), layout.packed_shape)
+    for old in olds:
+      source = old.static.layouts[k]
+      assert source is not None
+      ones = jnp.ones(source.packed_shape or (), jnp.uint8)
+      known = self._carry(k, old, new)(ones, known)
+    missing = _fresh.whole(known) == 0
+    return bool(jnp.any(missing & ~new.index[k].get("frozen", jnp.zeros((), bool))))
 
 
 def _gains(old: Layouts, new: Layouts, k: int) -> bool:
@@ -349,7 +339,7 @@ def _gains(old: Layouts, new: Layouts, k: int) -> bool:
 
 def _emptied(x: Any, layouts: Layouts) -> Any:
   """A tree shaped like the parameters with zeros for the given layouts; nothing else is held."""
-  if not isinstance(x, _Params):
+  if not isinstance(x, Owned):
     return None
   flat = _tree.flatten(x.tree)
   if flat.paths != layouts.static.paths:
@@ -363,22 +353,13 @@ def _emptied(x: Any, layouts: Layouts) -> Any:
     return jnp.zeros(layout.packed_shape, dtype)
 
   pairs = zip(flat.leaves, layouts.static.layouts, strict=True)
-  return _Params(flat.unflatten([zeros(*pair) for pair in pairs]))
+  return Owned(flat.unflatten([zeros(*pair) for pair in pairs]))
 
 
 def _frozen(layouts: Layouts, k: int) -> np.ndarray:
   layout = layouts.static.layouts[k]
   assert layout is not None
   return np.asarray(_carry.frozen(layout, layouts.index[k]))
-
-
-def _named(node: Any) -> str:
-  fields = getattr(type(node), "_fields", None)
-  if fields is not None:
-    return f"{type(node).__name__}({', '.join(fields)})"
-  if isinstance(node, (tuple, list, dict)):
-    return f"a {type(node).__name__} of {len(node)}"
-  return describe(node)
 
 
 def _warn_of_jolt(merge: _Merge, migrated: Any) -> None:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizers
 import pytest
 import reference
 from reference import bits, same_bits
 
 import maskopt
-from maskopt import _packing, _tree
+from maskopt import _fresh, _packing, _tree
 
 RNG = np.random.default_rng(0)
 SHAPE = (6, 4)
@@ -432,6 +433,62 @@ def test_runtime_masks_of_constant_count_never_retrace():
     assert np.array_equal(frozen(state), mask)
     p = q
   assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", sorted(optimizers.TABLE))
+@pytest.mark.filterwarnings("ignore:.*the optimizer depends on the shape of a leaf")
+@pytest.mark.filterwarnings("ignore:.* deprecated:DeprecationWarning")
+def test_a_fresh_state_is_that_of_init_to_the_bit(name):
+  """Whatever `init` does: constants that are written late, copies of parameters, keys, counts."""
+  tx = selective(MASKS["scattered"], optimizers.TABLE[name].make())
+  found, want = _fresh.whole(_fresh.state(tx.init, params())), tx.init(params())
+  assert jax.tree.structure(found) == jax.tree.structure(want)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    if not jnp.issubdtype(getattr(y, "dtype", None), jax.dtypes.prng_key):
+      assert same_bits(x, y)
+
+
+def _constants(state):
+  return [x for x in jax.tree.leaves(state) if isinstance(x, _fresh.Constant)]
+
+
+def test_moments_that_begin_as_one_number_are_not_written():
+  state = _fresh.state(selective(MASKS["rows"], optax.adagrad(0.1)).init, params())
+  assert sorted(x.shape for x in _constants(state)) == [(3, 4), (4,)]
+  assert all(x.value == np.float32(0.1) for x in _constants(state))
+
+
+def test_a_mask_of_the_values_is_asked_at_every_migration():
+  """It cannot be traced, and what it reads beside the parameters may have changed."""
+  seen = [_rows(0, 1)]
+
+  def by_value(p):
+    seen.append(float(np.asarray(p["w"]).sum()))
+    return {"w": seen[0], "b": False}
+
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=by_value)
+  p, state = trained(selective(False), GRADS[:2])
+  for mask in (_rows(0, 1), _rows(2, 5)):
+    seen[0] = mask
+    after = maskopt.migrate(state, p, to=tx)
+    assert np.array_equal(frozen(after), np.broadcast_to(mask, SHAPE))
+  by_rows = maskopt.selective_transform(
+    optax.adam(0.1), freeze_mask=lambda p: {"w": seen[0], "b": False}
+  )
+  for mask in (_rows(0, 1), _rows(2, 5)):
+    seen[0] = mask
+    after = maskopt.migrate(state, p, to=by_rows)
+    assert np.array_equal(frozen(after), np.broadcast_to(mask, SHAPE))
+
+
+@pytest.mark.filterwarnings("ignore:.*elements thaw with empty moments")
+def test_moments_stay_on_their_mesh():
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+  p = {"w": jax.device_put(P["w"], sharding)}
+  a, b = (maskopt.selective_transform(optax.adam(0.1), freeze_mask=m) for m in (True, False))
+  state = maskopt.migrate(a.init(p), p, to=b)
+  assert state.inner_state[0].mu["w"].sharding.is_equivalent_to(sharding, 2)
 
 
 def test_packed_state_moves_without_a_dense_array():
