@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import equinox as eqx
 import flax.linen as nn
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import maskopt
+from maskopt import _tree
 from maskopt.report import _show
 
 
@@ -33,13 +35,13 @@ def by_path(report):
 def mixed():
   rng = np.random.default_rng(0)
   params = {
-    "a": {"kernel": np.ones((300, 400), np.float32), "bias": np.ones(400, np.float32)},
+    "a": {"kernel": np.ones((600, 500), np.float32), "bias": np.ones(500, np.float32)},
     "b": {"kernel": np.ones((64, 8), jnp.bfloat16), "bias": np.ones(8, jnp.bfloat16)},
     "ids": np.arange(3),
     "none": None,
   }
   mask = {
-    "a": {"kernel": rng.random((300, 400)) < 0.99, "bias": True},
+    "a": {"kernel": rng.random((600, 500)) < 0.99, "bias": True},
     "b": {"kernel": np.arange(64)[:, None] >= 10, "bias": False},
     "ids": True,
     "none": None,
@@ -65,9 +67,9 @@ def test_counts_are_those_of_numpy():
 
 def test_totals_add_up():
   report = maskopt.summary(*mixed())
-  assert report.parameters == 300 * 400 + 400 + 64 * 8 + 8 + 3
+  assert report.parameters == 600 * 500 + 500 + 64 * 8 + 8 + 3
   assert report.frozen + report.trainable == report.parameters
-  assert report.dense_bytes == 8 * (300 * 400 + 400) + 4 * (64 * 8 + 8)
+  assert report.dense_bytes == 8 * (600 * 500 + 500) + 4 * (64 * 8 + 8)
 
 
 def test_optimizer_bytes_are_those_of_adam():
@@ -307,12 +309,64 @@ def wide():
   return params
 
 
-def test_lines_fit_a_hundred_columns_and_align():
+def test_lines_fit_a_hundred_columns_and_align(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
   lines = str(maskopt.summary(wide(), True)).splitlines()
   assert max(map(len, lines)) <= 100
   rows = [line for line in lines if "4096" in line]
   assert len({line.index("(4096") for line in rows}) == 1
   assert [line.split()[0] for line in rows] == [f"encoder/layers/{i}/.../kernel" for i in range(3)]
+
+
+def deep():
+  """Paths that differ in the middle, at the end, or in one letter of a long name."""
+  names = [
+    f"model/{side}/layers/{k}/self_attention/{what}_projection/{name}"
+    for side in ("encoder", "decoder")
+    for k in (0, 1, 11)
+    for what in ("query", "key")
+    for name in ("kernel", "gate")
+  ]
+  names += [f"a_name_that_is_long_and_has_no_parts_{k}_but_letters_only_kernel" for k in "ab"]
+  leaves = [jax.ShapeDtypeStruct((2**22, 1024), jnp.bfloat16) for _ in names]
+  return names, _tree.nested(names, leaves), _tree.nested(names, [bool(k % 2) for k in range(26)])
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 120])
+@pytest.mark.parametrize("form", ["text", "rich"])
+def test_rows_are_told_apart_and_numbers_are_whole_at_any_width(width, form):
+  from rich.console import Console
+
+  names, params, mask = deep()
+  report = maskopt.summary(params, mask)
+  if form == "text":
+    text = report._table().text(width)
+  else:
+    Console(file=(out := io.StringIO()), width=width).print(report)
+    text = out.getvalue()
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= width
+  rules = [k for k, line in enumerate(lines) if set(line) in ({"-"}, {"\u2500"})]
+  body = lines[rules[0] + 1 : rules[1]]
+  # A row ends with its numbers; what stands before them, in lines of its own too, is its path.
+  rows, path = [], ""
+  for line in body:
+    head, number, _ = line.partition("4,294,967,296")
+    path += head.split("  (")[0].strip()
+    if number:
+      assert line.endswith(" 17.2 GB") or line.endswith(" 0 B")
+      rows, path = [*rows, path], ""
+  assert len(rows) == len(set(rows)) == len(names)
+  for shown in rows:
+    parts = [re.escape(part) for part in shown.split("...")]
+    assert sum(re.fullmatch(".*".join(parts), name) is not None for name in names) == 1, shown
+
+
+def test_narrow_terminals_get_narrow_tables(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "72")
+  assert max(map(len, str(maskopt.summary(wide(), True)).splitlines())) <= 72
+  monkeypatch.setenv("COLUMNS", "300")
+  assert max(map(len, str(maskopt.summary(wide(), True)).splitlines())) <= 100
 
 
 def test_plain_text_is_ascii():

@@ -23,6 +23,7 @@ _WHERE = "maskopt.plot(params, freeze_mask)"
 # Colours that stay apart without red-green vision and in grey: amber trains, deep blue is frozen.
 _TRAINS, _FROZEN = "#FFC75F", "#14375E"
 _KEPT, _HATCH, _LEAK, _STILL = "#DCDCDC", "#B8B8B8", "#E6007E", "#FFFFFF"
+_TITLE = 34  # letters across a panel
 _PANEL = (2.7, 2.2)  # inches
 _PIXELS = 600
 _RINGS = 60  # beyond so many leaking blocks their colour is seen without a ring
@@ -151,12 +152,12 @@ def _draw(figure: Any, shown: list[_Panel], rows: int, columns: int, compared: b
   colours = LinearSegmentedColormap.from_list("frozen", [_TRAINS, _FROZEN])
   norm = _norm_of_change(shown) if compared else None
   mask_axes, change_axes = [], []
-  for i, panel in enumerate(shown):
+  for i, (panel, name) in enumerate(zip(shown, _names(shown), strict=True)):
     at = i * (1 + compared) + 1
     axes = figure.add_subplot(rows, columns, at)
     axes.imshow(_sharp(panel.share), cmap=colours, vmin=0, vmax=1, **_placed(panel))
     share = _show.share(panel.frozen, panel.layout.size)
-    _dress(axes, panel, f"{_name(panel)}\n{_show.shape(panel.layout.shape)}, {share} frozen")
+    _dress(axes, panel, f"{name}\n{_show.shape(panel.layout.shape)}, {share} frozen")
     mask_axes.append(axes)
     if compared:
       beside = figure.add_subplot(rows, columns, at + 1)
@@ -180,8 +181,10 @@ def _bar(figure: Any, ink: Any, axes: list[Any], rows: int) -> Any:
   return bar
 
 
-def _name(panel: _Panel) -> str:
-  return _show.shorten(show(panel.path), 34)
+def _names(panels: list[_Panel]) -> list[str]:
+  """The paths, shortened to a panel's width if they can still be told apart, else in lines."""
+  paths = _show.apart([show(panel.path) for panel in panels], _TITLE)
+  return ["\n".join(_show.folded(path, _TITLE)) for path in paths]
 
 
 def _sharp(image: np.ndarray) -> np.ndarray:

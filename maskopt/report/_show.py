@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import re
+import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 WIDTH = 100
 _GAP = "  "
+# The path column keeps this much of a narrow line, and letters cut out of a name leave it legible
+# only if that much remains.
+_LEAST, _LEGIBLE = 12, 24
 # A style is the name of what a row means; each form has its own ink for it.
 _RICH = {"": "", "good": "green", "bad": "bold red", "warn": "yellow", "dim": "dim"}
 _HTML = {
@@ -34,6 +40,7 @@ class Table:
     rows: cells as strings.
     styles: one per row, a key of `_RICH`.
     right: which columns align to the right.
+    spare: columns that are left out of lines too narrow for all, the first of them first.
     notes: (style, sentence) pairs that follow the table.
   """
 
@@ -42,34 +49,48 @@ class Table:
   rows: Sequence[tuple[str, ...]]
   styles: Sequence[str]
   right: frozenset[int] = frozenset()
+  spare: tuple[int, ...] = ()
   notes: Sequence[tuple[str, str]] = ()
   title_style: str = ""
 
-  def fitted(self, width: int) -> tuple[list[tuple[str, ...]], list[int]]:
-    """Rows whose paths are shortened until a line fits `width`, and the columns' widths."""
-    widths = [max(map(len, column)) for column in zip(self.headers, *self.rows, strict=True)]
-    others = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
-    widths[0] = max(min(widths[0], width - others), min(widths[0], 12))
-    rows = [(shorten(row[0], widths[0]), *row[1:]) for row in self.rows]
-    return rows, widths
+  def _columns(self, width: int) -> dict[int, int]:
+    """The width of each column that has room; what is left of a line is for paths."""
+    widths = dict(enumerate(max(map(len, c)) for c in zip(self.headers, *self.rows, strict=True)))
+    least = min(widths[0], _LEAST)
+    for column in self.spare:
+      if _total(widths) - widths[0] + least > width:
+        del widths[column]
+    widths[0] = max(min(widths[0], width - _total(widths) + widths[0]), least)
+    return widths
 
-  def text(self, width: int = WIDTH) -> str:
-    """Plain ASCII with aligned columns."""
-    lines = [self.title]
-    if self.rows:
-      rows, widths = self.fitted(width)
-      rule = "-" * (sum(widths) + len(_GAP) * (len(widths) - 1))
-      lines += [self._line(self.headers, widths), rule]
-      lines += [self._line(row, widths) for row in rows]
-      lines += [rule]
+  def lines(self, width: int, rule: str = "-") -> Iterator[tuple[str, str]]:
+    """(style, line) of the table; a path that cannot be shortened has lines of its own."""
+    if not self.rows:
+      return
+    widths = self._columns(width)
+    yield "", self._line(self.headers, widths)
+    yield "", rule * _total(widths)
+    paths = apart([row[0] for row in self.rows], widths[0])
+    for path, row, style in zip(paths, self.rows, self.styles, strict=True):
+      if len(path) > widths[0]:
+        yield from ((style, line) for line in folded(path, width))
+        path = ""
+      yield style, self._line((path, *row[1:]), widths)
+    yield "", rule * _total(widths)
+
+  def text(self, width: int | None = None) -> str:
+    """Plain ASCII with aligned columns, as wide as the terminal if that is narrow."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if width is None else width
+    lines = [*_wrapped(self.title, width), *(line for _, line in self.lines(width))]
     for _, note in self.notes:
-      lines += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+      lines += _wrapped(note, width)
     return "\n".join(lines)
 
-  def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+  def _line(self, cells: Sequence[str], widths: dict[int, int]) -> str:
     parts = [
-      c.rjust(w) if i in self.right else c.ljust(w)
-      for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+      c.rjust(widths[i]) if i in self.right else c.ljust(widths[i])
+      for i, c in enumerate(cells)
+      if i in widths
     ]
     return _GAP.join(parts).rstrip()
 
@@ -90,25 +111,25 @@ class Table:
     return "".join([_tag("div", self.title, _HTML[self.title_style]), *body, *notes])
 
   def rich(self, width: int) -> Iterator[Any]:
-    """The table as rich draws it; only rich calls this, so it is there to import."""
-    from rich import box
-    from rich.table import Table as RichTable
+    """The same lines in colour; only rich calls this, so it is there to import."""
     from rich.text import Text
 
-    yield Text(self.title, style=_RICH[self.title_style] or "bold")
-    if self.rows:
-      rows, widths = self.fitted(width)
-      lines: dict[str, Any] = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
-      table = RichTable(box=box.SIMPLE_HEAD, **lines)
-      for i, header in enumerate(self.headers):
-        justify = "right" if i in self.right else "left"
-        fixed = widths[0] if i == 0 else None
-        table.add_column(Text(header), justify=justify, no_wrap=True, min_width=fixed)
-      for row, style in zip(rows, self.styles, strict=True):
-        table.add_row(*map(Text, row), style=_RICH[style])
-      yield table
+    for line in _wrapped(self.title, width):
+      yield Text(line, style=_RICH[self.title_style] or "bold")
+    for style, line in self.lines(width, "\N{BOX DRAWINGS LIGHT HORIZONTAL}"):
+      yield Text(line, style=_RICH[style], no_wrap=True, overflow="ignore")
     for style, note in self.notes:
-      yield Text(note, style=_RICH[style])
+      for line in _wrapped(note, width):
+        yield Text(line, style=_RICH[style], no_wrap=True, overflow="ignore")
+
+
+def _total(widths: dict[int, int]) -> int:
+  return sum(widths.values()) + len(_GAP) * (len(widths) - 1)
+
+
+def _wrapped(sentence: str, width: int) -> list[str]:
+  indent = sentence[: len(sentence) - len(sentence.lstrip())] + "  "
+  return textwrap.wrap(sentence, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _tag(name: str, content: str, style: str) -> str:
@@ -133,6 +154,28 @@ class Shown:
   def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
     del console
     yield from self._table().rich(options.max_width)
+
+
+def apart(paths: Sequence[str], width: int) -> list[str]:
+  """Paths shortened to a width, but whole where two would look alike or lose their last part."""
+  short = [shorten(path, width) for path in paths]
+  alike = Counter(short)
+
+  def tells(path: str, shown: str) -> bool:
+    whole_name = shown.rpartition("/")[2] == path.rpartition("/")[2]
+    return alike[shown] == 1 and (whole_name or width >= _LEGIBLE)
+
+  return [s if tells(path, s) else path for path, s in zip(paths, short, strict=True)]
+
+
+def folded(path: str, width: int) -> list[str]:
+  """A path in lines that end between its parts, or within one that is longer than a line."""
+  lines = [""]
+  for part in re.findall(rf"[^/]{{,{max(width - 3, 1)}}}/|[^/]{{1,{max(width - 2, 1)}}}", path):
+    if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+      lines.append("  ")
+    lines[-1] += part
+  return lines
 
 
 def shorten(path: str, width: int) -> str:

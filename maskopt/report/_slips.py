@@ -10,7 +10,7 @@ import numpy as np
 from .. import _tree
 from .._layout import Index, Layout
 from . import _elements
-from ._show import WIDTH, listed, shorten
+from ._show import listed
 
 # What stands beside a bias, and shares its units.
 _KERNELS = ("kernel", "weight", "scale", "w")
@@ -35,8 +35,7 @@ class Slip(NamedTuple):
 
   def __str__(self) -> str:
     which = f"all {self.of:,} units" if len(self.units) == self.of else _named(self.units)
-    frozen, trains = shorten(self.frozen, WIDTH // 2), self.trains.rpartition("/")[2]
-    return f"{frozen} is frozen and {trains} trains: {which}"
+    return f"{self.frozen} is frozen and {self.trains.rpartition('/')[2]} trains: {which}"
 
 
 def _named(units: tuple[Any, ...]) -> str:

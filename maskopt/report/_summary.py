@@ -110,6 +110,7 @@ class Summary(Shown):
       [_cells(row, row.path in slipped) for row in self.rows],
       ["warn" if r.path in slipped else "dim" if not r.trainable else "" for r in self.rows],
       right=frozenset({3, 5, 7}),
+      spare=(2, 6, 1),  # dtype, layout, shape
       notes=[*self._totals(), *self._warnings()],
     )
 
