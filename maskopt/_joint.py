@@ -87,18 +87,56 @@ def joint(parts: Sequence[Layout]) -> Layout:
 
 
 def joint_index(index: Sequence[Index]) -> Index:
-  """The arrays of `joint(parts)`."""
+  """The arrays of `joint(parts)`; none for no part."""
+  if not index:
+    return {}
   return index[0] if len(index) == 1 else {str(k): i for k, i in enumerate(index)}
 
 
-def joined(members: Sequence[Layouts]) -> Layouts:
-  """The layouts of everything that any member trains; no element may train in two of them."""
-  static = _static(tuple(m.static for m in members))
-  index: list[Index] = []
-  for k, layout in enumerate(static.layouts):
-    found = [m.index[k] for m in members if trains(m.static.layouts[k])]
-    index.append(joint_index(found) if trains(layout) and not isinstance(layout, Full) else {})
-  return Layouts(static, index)
+@jax.tree_util.register_pytree_with_keys_class
+class Joined(Layouts):
+  """The layouts of everything that any member trains; no element may train in two of them.
+
+  A leaf that the members leave nothing of is Full, for its gradient needs no parts; `parted` tells
+  how they share it.
+  """
+
+  def __init__(self, members: Sequence[Layouts]):
+    self.members = tuple(members)
+    if not all(isinstance(m, Layouts) for m in self.members):
+      return  # JAX puts placeholders in a tree's place
+    static = _static(tuple(m.static for m in self.members))
+    index = [
+      {} if isinstance(layout, Full) else joint_index([i for _, i in self._shares(k)])
+      for k, layout in enumerate(static.layouts)
+    ]
+    super().__init__(static, index)
+
+  def _shares(self, k: int) -> list[tuple[Layout, Index]]:
+    """How those members that train some of leaf k store it."""
+    shares = [(m.static.layouts[k], m.index[k]) for m in self.members]
+    return [(layout, index) for layout, index in shares if layout is not None and trains(layout)]
+
+  def tree_flatten_with_keys(self) -> Any:
+    return [(jax.tree_util.SequenceKey(i), m) for i, m in enumerate(self.members)], None
+
+  def tree_flatten(self) -> Any:
+    return self.members, None
+
+  @classmethod
+  def tree_unflatten(cls, aux, children):
+    del aux
+    return cls(children)
+
+  def parted(self) -> Layouts:
+    """The same mask with every leaf as its members store it, whole leaves too."""
+    layouts, index = list(self.static.layouts), list(self.index)
+    for k in range(len(layouts)):
+      shares = self._shares(k)
+      if shares:
+        layouts[k] = joint([layout for layout, _ in shares])
+        index[k] = joint_index([i for _, i in shares])
+    return Layouts(Static.of(self.static.paths, layouts), index)
 
 
 # Eager updates ask at every step, of the same masks.

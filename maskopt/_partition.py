@@ -32,7 +32,7 @@ class PartitionState(NamedTuple):
 
   def joined(self) -> Layouts:
     """The freeze mask of the whole: what no optimizer trains is frozen."""
-    return _joint.joined([state.layouts for state in self.inner_states.values()])
+    return _joint.Joined([state.layouts for state in self.inner_states.values()])
 
 
 def partition(

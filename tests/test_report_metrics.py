@@ -134,3 +134,75 @@ def test_modules_and_bare_arrays():
   model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   assert maskopt.metrics(model, {"kernel": True, "bias": False})["trainable_parameters"] == 3
   assert maskopt.metrics(jnp.array([3.0]), True, per_leaf=True)["param_norm_frozen/root"] == 3
+
+
+def _partitioned(prefer):
+  """Leaves of two optimizers, the first with frozen elements, then one of one and one of none."""
+  rng = np.random.default_rng(0)
+  params, _ = make()
+  del params["n"]
+  labels = {
+    "a": rng.choice(["old", "new", "no"], size=(300, 300), p=[0.03, 0.05, 0.92]),
+    "b": np.array(["old", "new", "new", "old"]),
+    "c": "new",
+    "d": "no",
+  }
+  rates = {"old": optax.adam(0.1), "new": optax.adam(0.01), "no": None}
+  state = maskopt.partition(rates, labels, prefer=prefer).init(params)
+  mask = {k: np.broadcast_to(v == "no", params[k].shape) for k, v in labels.items()}
+  return params, labels, mask, state
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory"])
+def test_a_partition_counts_what_each_optimizer_holds(prefer):
+  params, _, mask, state = _partitioned(prefer)
+  layouts = maskopt.mask_of(state)
+  trained, frozen = oracle(params, mask)
+  numbers = maskopt.metrics(params, layouts, per_leaf=True, grad=params)
+  for name in ("param", "grad"):
+    np.testing.assert_allclose(numbers[f"{name}_norm_trainable"], trained, rtol=1e-5)
+    np.testing.assert_allclose(numbers[f"{name}_norm_frozen"], frozen, rtol=1e-5)
+  np.testing.assert_allclose(numbers["frozen_share/a"], mask["a"].mean())
+  assert numbers["trainable_parameters"] == sum(int((~m).sum()) for m in mask.values())
+  held = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+  assert numbers["optimizer_bytes"] == held
+  report = maskopt.summary(params, layouts)
+  assert report.optimizer_bytes == held and report.trainable == numbers["trainable_parameters"]
+  assert [row.layout for row in report.rows][1:] == ["Joint", "Full", "Frozen"]
+  again = jax.jit(lambda p, s: maskopt.metrics(p, maskopt.mask_of(s)))(params, state)
+  for name, value in again.items():
+    np.testing.assert_allclose(value, numbers[name], rtol=1e-6)
+
+
+def test_packed_gradients_of_a_partition():
+  params, _, mask, state = _partitioned("memory")
+  layouts = maskopt.mask_of(state)
+  numbers = maskopt.metrics(params, layouts, grad=maskopt.pack(params, layouts))
+  np.testing.assert_allclose(
+    numbers["grad_norm_trainable"], numbers["param_norm_trainable"], rtol=1e-6
+  )
+  assert numbers["grad_norm_frozen"] == 0
+
+
+def test_slips_and_pictures_of_a_partition():
+  """Units and blocks of a leaf in parts: frozen where no part trains."""
+  params = {"kernel": jnp.ones((3, 6)), "bias": jnp.ones(6)}
+  labels = {"kernel": np.array([*"aabbnn"]), "bias": np.array([*"aabbbb"])}
+  rates = {"a": optax.adam(0.1), "b": optax.adam(0.2), "n": None}
+  layouts = maskopt.mask_of(maskopt.partition(rates, labels).init(params))
+  report = maskopt.summary(params, layouts)
+  assert [slip.units for slip in report.slips] == [(4, 5)]
+  assert maskopt.audit(params, params, layouts).ok
+  pytest.importorskip("matplotlib")
+  import matplotlib.pyplot as plt
+
+  plt.close(maskopt.plot(params, layouts))
+
+
+def test_the_mask_of_a_partition_is_a_tree_like_any():
+  _, _, mask, state = _partitioned("time")
+  layouts = maskopt.mask_of(state)
+  copy = jax.tree.map(jnp.array, layouts)
+  assert jax.tree.structure(copy) == jax.tree.structure(layouts)
+  for name, frozen in jax.jit(lambda x: x.freeze_mask)(layouts).items():
+    assert np.array_equal(np.broadcast_to(frozen, mask[name].shape), mask[name])

@@ -19,17 +19,30 @@ from jax import core
 
 from .. import _packing
 from .._errors import Problem, fail
+from .._joint import Joined, Joint
 from .._layout import Block, Elements, Frozen, Full, Index, Layout, Slice
 from .._packing import Layouts
 
 
 def analysed(freeze_mask: Any, params: Any, where: str) -> Layouts:
   """The layouts of a mask that can be read now; a traced one cannot."""
-  layouts = _packing.layouts_of(freeze_mask, params, where)
+  layouts = as_stored(_packing.layouts_of(freeze_mask, params, where))
   if any(isinstance(x, core.Tracer) for x in jax.tree.leaves(layouts)):
     problem = Problem("", "a freeze mask at hand", "a traced one", TypeError)
     fail(where, [problem], "Call it outside jit, on what jit returns.")
   return layouts
+
+
+def as_stored(layouts: Layouts) -> Layouts:
+  """The layouts as optimizers store them: a leaf that several share is in parts."""
+  return layouts.parted() if isinstance(layouts, Joined) else layouts
+
+
+def parts(layout: Layout, index: Index) -> list[tuple[Layout, Index]]:
+  """The parts of a leaf that several optimizers share; any other is its own."""
+  if not isinstance(layout, Joint):
+    return [(layout, index)]
+  return [(part, index[str(k)]) for k, part in enumerate(layout.parts)]
 
 
 def trained_along(layout: Layout, index: Index) -> list[np.ndarray] | None:
@@ -66,6 +79,8 @@ def frozen_count(layout: Layout, index: Index) -> int:
   """How many elements are frozen, counting what only a runtime mask knows."""
   if layout.count is not None:
     return layout.size - layout.count
+  if isinstance(layout, Joint):
+    return layout.size - sum(part.size - frozen_count(part, i) for part, i in parts(layout, index))
   mask = dense_mask(index)
   return int(np.count_nonzero(mask)) * (layout.size // max(mask.size, 1))
 
@@ -74,6 +89,8 @@ def frozen_mask(layout: Layout, index: Index) -> np.ndarray:
   """Bools of the leaf's shape, at most one byte an element; True = frozen."""
   if isinstance(layout, (Frozen, Full)):
     return np.broadcast_to(np.bool_(isinstance(layout, Frozen)), layout.shape)
+  if isinstance(layout, Joint):
+    return np.logical_and.reduce([frozen_mask(*part) for part in parts(layout, index)])
   along = trained_along(layout, index)
   if along is not None:
     mask = np.ones(layout.shape, bool)
@@ -95,6 +112,8 @@ def frozen_units(layout: Layout, index: Index, axes: Sequence[int]) -> np.ndarra
   shape = tuple(layout.shape[a] for a in axes)
   if isinstance(layout, (Frozen, Full)):
     return np.full(shape, isinstance(layout, Frozen))
+  if isinstance(layout, Joint):
+    return np.logical_and.reduce([frozen_units(*part, axes) for part in parts(layout, index)])
   along = trained_along(layout, index)
   units = np.ones(shape, bool)
   if along is not None:
@@ -110,7 +129,7 @@ def frozen_units(layout: Layout, index: Index, axes: Sequence[int]) -> np.ndarra
 
 
 def packed_bytes(layout: Layout) -> int:
-  """Bytes of one copy of the packed values."""
+  """Bytes of one copy of the packed values, of all parts together."""
   held = layout.packed_shape
   return 0 if held is None else math.prod(held) * jnp.dtype(layout.dtype).itemsize
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._joint import Joint
 from .._layout import Elements, Frozen, Full, Index, Layout
 from . import _elements
 from ._audit import differs
@@ -62,6 +63,9 @@ def frozen_share(layout: Layout, index: Index, to: Grid) -> np.ndarray:
   """The frozen share of each block, in [0, 1]."""
   if isinstance(layout, (Frozen, Full)):
     return np.full(to.blocks, float(isinstance(layout, Frozen)))
+  if isinstance(layout, Joint):
+    parts = _elements.parts(layout, index)
+    return 1 - np.sum([1 - frozen_share(*part, to) for part in parts], axis=0)
   along = _elements.trained_along(layout, index)
   if along is not None:
     rows = np.ones(1, bool)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import core
 
 from .. import _packing, _tree
+from .._joint import Joint, Parts
 from .._layout import Frozen, Full, Index, Layout
 from .._masks import FreezeMask
 from .._packed import is_packed
@@ -36,7 +37,8 @@ def metrics(
     **trees: more trees like the parameters, gradients or updates say, by name: `grad=grads` adds
       `grad_norm_trainable` and `grad_norm_frozen`. Packed leaves have no frozen part.
   Returns:
-    A flat dict: `frozen_share`, `trainable_parameters`, `optimizer_bytes` (Adam's, see `summary`),
+    A flat dict: `frozen_share`, `trainable_parameters`, `optimizer_bytes` (Adam's, see `summary`;
+    under the mask of a `partition` each of its optimizers is taken for an Adam),
     `param_norm_trainable` and `param_norm_frozen`. Python numbers, or scalars inside `jit`. Norms
     are taken in float32 at least, over float and complex leaves; a NaN makes only its own part NaN.
   Raises:
@@ -49,7 +51,7 @@ def metrics(
   """
   params, freeze_mask, _ = _parts.parts(params, freeze_mask)
   layouts = _packing.layouts_of(freeze_mask, params, _WHERE)
-  numbers = _counts(layouts, per_leaf)
+  numbers = _counts(_elements.as_stored(layouts), per_leaf)
   for name, tree in {"param": params, **trees}.items():
     numbers |= _norms(name, tree, layouts, per_leaf)
   if any(isinstance(x, core.Tracer) for x in numbers.values()):
@@ -96,6 +98,8 @@ def _trainable(layout: Layout, index: Index) -> Any:
   """How many elements of a leaf train; a scalar array if only a runtime mask knows."""
   if layout.count is not None:
     return layout.count
+  if isinstance(layout, Joint):
+    return sum(_trainable(*part) for part in _elements.parts(layout, index))
   mask = index["frozen"]
   return jnp.count_nonzero(~mask) * (layout.size // max(mask.size, 1))
 
@@ -125,6 +129,7 @@ def _norms(name: str, tree: Any, layouts: Layouts, per_leaf: bool) -> dict[str, 
 def _is_numberless(leaf: Any) -> bool:
   """Whether a leaf has no norm: integers, keys, holes, gradients of integers."""
   x = leaf.values if is_packed(leaf) else leaf
+  x = x[0] if isinstance(x, Parts) else x
   return x is not None and (_tree.is_hole(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
@@ -139,7 +144,7 @@ def _squares(leaf: Any, layout: Layout, index: Index) -> tuple[Any, Any]:
     return _square_sum(leaf), _nothing()
   values = layout.take(leaf, index)
   # Not the difference of two sums: a NaN that trains would spoil the frozen part.
-  rest = layout.put(jnp.zeros_like(values), leaf, index)
+  rest = layout.put(jax.tree.map(jnp.zeros_like, values), leaf, index)
   return _square_sum(values), _square_sum(rest)
 
 
@@ -147,7 +152,12 @@ def _nothing() -> Any:
   return jnp.zeros((), jnp.float32)
 
 
-def _square_sum(x: Any) -> Any:
+def _square_sum(values: Any) -> Any:
+  """Over one array, or over those of several parts."""
+  return _sum([_array_square_sum(x) for x in jax.tree.leaves(values)])
+
+
+def _array_square_sum(x: Any) -> Any:
   real = jnp.abs(x) if jnp.iscomplexobj(x) else x
   return jnp.sum(jnp.square(real.astype(_wide(real.dtype))))
 
