@@ -286,3 +286,71 @@ def test_bad_masks_of_layers_are_named_at_once():
     maskopt.linen.MaskedDense(6, use_bias=False, bias_freeze_mask=True).init(jax.random.key(0), x)
   again = copy.deepcopy(maskopt.linen.MaskedDense(6, kernel_freeze_mask=UNITS))
   assert again == maskopt.linen.MaskedDense(6, kernel_freeze_mask=UNITS)
+
+
+class Carrying(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = maskopt.linen.MaskedDense(6, kernel_freeze_mask=UNITS, name="body")(x)
+    x = nn.Dropout(0.1, deterministic=not train)(x)
+    return nn.Sequential([nn.relu, maskopt.linen.MaskedDense(3, bias_freeze_mask=True)])(x)
+
+
+def test_masks_that_modules_carry_are_collected():
+  model = Carrying()
+  expected = model.init(jax.random.key(0), X)["params"]
+  for inputs, options in (((X,), {}), ((jax.ShapeDtypeStruct(X.shape, X.dtype),), {"train": True})):
+    mask = maskopt.linen.freeze_mask(model, *inputs, **options)
+    assert np.array_equal(mask["body"].pop("kernel"), UNITS) and mask["body"] == {"bias": False}
+    assert mask["MaskedDense_0"] == {"kernel": False, "bias": True}
+    assert set(mask) == set(expected)
+  assert maskopt.linen.freeze_mask(nn.Dense(2), X) == {
+    "kernel": False, "bias": False,
+  }  # fmt: skip
+  with pytest.raises(TypeError, match="linen.freeze_mask.*expected a linen module, got dict"):
+    maskopt.linen.freeze_mask(expected)
+
+
+CARRYING = Carrying()
+
+
+def carrying_step(tx=None, **options):
+  params = CARRYING.init(jax.random.key(0), X)["params"]
+  state = maskopt.linen.TrainState.create(
+    apply_fn=CARRYING.apply, params=params, tx=tx or optax.adamw(0.1, weight_decay=0.1), **options
+  )
+
+  @jax.jit
+  def step(state):
+    grads = jax.grad(lambda p: state.apply_fn({"params": p}, X).sum())(state.params)
+    return state.apply_gradients(grads=grads)
+
+  return params, step(state)
+
+
+def test_a_train_state_takes_the_masks_that_modules_carry():
+  mask = maskopt.linen.freeze_mask(Carrying(), X)
+  params, state = carrying_step(freeze_mask=mask)
+  assert maskopt.audit(params, state.params, mask).ok
+  again = carrying_step(freeze_mask=mask)[1].apply_fn
+  assert again == state.apply_fn and hash(again) == hash(state.apply_fn)
+  tx = maskopt.selective_transform(optax.adamw(0.1), freeze_mask=mask)
+  params, state = carrying_step(tx=tx)
+  assert maskopt.audit(params, state.params, mask).ok
+  carrying_step(freeze_mask=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze_mask": False}])
+def test_a_train_state_that_trains_what_a_module_freezes(options):
+  with pytest.raises(
+    ValueError,
+    match="TrainState.create.*at body/kernel, expected 16 elements frozen, as the module's own "
+    "mask says, got a mask that trains some. Give freeze_mask=maskopt.linen.freeze_mask",
+  ):
+    carrying_step(**options)
+
+
+def test_only_the_contradiction_is_named():
+  mask = {"body": {"kernel": UNITS & (np.arange(6) > 0), "bias": False}, "MaskedDense_0": True}
+  with pytest.raises(ValueError, match="at body/kernel, expected 4 elements frozen"):
+    carrying_step(freeze_mask=mask)

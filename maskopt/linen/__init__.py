@@ -1,5 +1,6 @@
 """Freezing in the words of Flax linen: its train state, its layers, its batch statistics."""
 
+from ._carried import freeze_mask as freeze_mask
 from ._masked import (
   MaskedConv as MaskedConv,
   MaskedDense as MaskedDense,

@@ -51,7 +51,7 @@ def _masks(module: Any, flat: _tree.Flat) -> dict[str, Any]:
   return masks
 
 
-class _Masked:
+class Masked:
   """Keep masks hashable, as modules must be that `jit` takes as static arguments."""
 
   def __post_init__(self) -> None:
@@ -61,15 +61,16 @@ class _Masked:
     super().__post_init__()  # type: ignore[misc]
 
 
-class MaskedDense(_Masked, nn.Dense):
+class MaskedDense(Masked, nn.Dense):
   """`nn.Dense` whose frozen weights get a zero gradient that costs nothing to compute.
 
     y = x @ kernel + bias,  d loss / d kernel[i, j] = 0 if kernel_freeze_mask[i, j]
 
   The gradient of the input flows through frozen weights as ever. Under a plain optimizer frozen
-  weights still decay and follow old momentum: give `maskopt.linen.TrainState` the same mask. Only
-  reverse-mode derivatives are defined. The masks are fields of the module, not variables: a
-  checkpoint of the parameters does not hold them.
+  weights still decay and follow old momentum: give `maskopt.linen.TrainState` the masks, which
+  `maskopt.linen.freeze_mask` collects; without them it raises. Only reverse-mode derivatives are
+  defined. The masks are fields of the module, not variables: a checkpoint of the parameters does
+  not hold them.
 
   Args:
     features: as in `nn.Dense`, and so the other fields.
@@ -97,7 +98,7 @@ class MaskedDense(_Masked, nn.Dense):
     return _call(self, nn.Dense, nn.Dense.__call__, inputs)
 
 
-class MaskedConv(_Masked, nn.Conv):
+class MaskedConv(Masked, nn.Conv):
   """`nn.Conv` whose frozen weights get a zero gradient that costs nothing to compute.
 
     d loss / d kernel[i] = 0 if kernel_freeze_mask[i]
@@ -131,7 +132,7 @@ class MaskedConv(_Masked, nn.Conv):
     return _call(self, nn.Conv, nn.Conv.__call__, inputs)
 
 
-class MaskedEmbed(_Masked, nn.Embed):
+class MaskedEmbed(Masked, nn.Embed):
   """`nn.Embed` whose frozen entries get a zero gradient that costs nothing to compute.
 
     d loss / d embedding[i, j] = 0 if embedding_freeze_mask[i, j]

@@ -10,6 +10,7 @@ from flax.training import train_state
 
 from .. import _freeze
 from .._choice import Prefer
+from . import _carried
 
 
 class TrainState(train_state.TrainState):
@@ -60,12 +61,13 @@ class TrainState(train_state.TrainState):
       params: the parameters, in dicts or FrozenDicts.
       tx: any Optax transformation.
       freeze_mask: a freeze mask over params; True = frozen. None leaves `tx` as it is, which may be
-        one of maskopt's own.
+        one of maskopt's own. The masks that modules carry: `maskopt.linen.freeze_mask`.
       prefer: as in `maskopt.selective_transform`.
       master_dtype: as in `maskopt.selective_transform`.
       **kwargs: further fields of a subclass.
     Returns:
-      The state.
+      The state. Its `apply_fn` raises a ValueError, when it is traced, where a masked layer of the
+      model freezes what the optimizer trains.
     Raises:
       ValueError: the mask does not fit the parameters; TypeError: it is not boolean.
     """
@@ -73,7 +75,10 @@ class TrainState(train_state.TrainState):
       tx = _freeze.selective_transform(
         tx, freeze_mask=freeze_mask, prefer=prefer, master_dtype=master_dtype
       )
-    return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+    state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+    # fp8 statistics stand beside the parameters that the optimizer has.
+    trained = params["params"] if OVERWRITE_WITH_GRADIENT in params else params
+    return state.replace(apply_fn=_carried.checked(apply_fn, trained, freeze_mask, state.opt_state))
 
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
     """Return the state after one update.

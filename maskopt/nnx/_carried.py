@@ -169,7 +169,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   problems = [
     Problem(path, f"{what} frozen, as the module's own mask says", "a mask that trains some")
     for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True)
-    if path in own and (what := _contradiction(own[path], mask, np.shape(leaf)))
+    if path in own and (what := contradiction(own[path], mask, np.shape(leaf)))
   ]
   if problems:
     remedy = "Combine both: maskopt.union(maskopt.nnx.freeze_mask(model), freeze_mask)."
@@ -177,7 +177,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   return given if isinstance(given, Changing) else now
 
 
-def _contradiction(own: Any, mask: LeafMask, shape: tuple[int, ...]) -> str:
+def contradiction(own: Any, mask: LeafMask, shape: tuple[int, ...]) -> str:
   """What the module freezes and the mask trains, in words."""
   other = mask.mask if isinstance(mask, Runtime) else mask
   if other is None or isinstance(other, core.Tracer):
