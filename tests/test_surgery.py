@@ -477,3 +477,92 @@ def test_every_operation_wants_state_and_transform_together():
     with pytest.raises(ValueError, match="a state of tx over these parameters"):
       call(tx=tx, opt_state=other)
     assert call(tx=tx, opt_state=tx.init(params)).opt_state is not None
+
+
+class TestFromOneOptimizerToSeveral:
+  """From now on old weights at one rate and new ones at another, in the call that grows."""
+
+  RATES = {"old": optax.adam(0.01), "new": optax.adam(0.1)}
+
+  @pytest.fixture(autouse=True)
+  def _promotion(self):
+    """Optax's Adam itself needs promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+      yield
+
+  def grown(self, tx, to, params=None, state=None):
+    if params is None:
+      rng = np.random.default_rng(0)
+      shapes = {"a": {"kernel": (3, 4), "bias": (4,)}, "b": {"kernel": (4, 2)}}
+      params = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+      )
+    state = tx.init(params) if state is None else state
+    for _ in range(3):
+      grads = jax.tree.map(lambda p: jnp.cos(p) + 1, params)
+      updates, state = tx.update(grads, state, params)
+      params = maskopt.apply_updates(params, updates)
+    return state, surgery.grow(params, "a", 2, consumers=["b"], opt_state=state, tx=tx, to=to)
+
+  def parted(self, mask):
+    labels = jax.tree.map(lambda m: np.where(m, "old", "new"), mask)
+    return maskopt.partition(self.RATES, labels, prefer="memory")
+
+  def nu(self, state, group):
+    return state.inner_states[group].inner_state[0].nu["a"]["kernel"]
+
+  @pytest.mark.parametrize(
+    ("tx", "migrates"),
+    [
+      (optax.adam(0.05), True),
+      (maskopt.selective_transform(optax.adam(0.05), freeze_mask=False), True),
+      (optax.partition({"x": optax.adam(0.05)}, lambda p: jax.tree.map(lambda _: "x", p)), False),
+    ],
+    ids=["plain", "selective", "optax.partition"],
+  )
+  def test_in_one_call_as_by_migration(self, tx, migrates):
+    state, result = self.grown(tx, self.parted)
+    (old,) = [
+      x.nu["a"]["kernel"]
+      for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "nu"))
+      if hasattr(x, "nu")
+    ]
+    np.testing.assert_array_equal(bits(self.nu(result.opt_state, "old")), bits(old))
+    assert not np.any(self.nu(result.opt_state, "new"))
+    counts = [s.inner_state[0].count for s in result.opt_state.inner_states.values()]
+    assert [int(c) for c in counts] == [3, 3]
+    _, by_hand = self.grown(tx, None)
+    if migrates:
+      to = self.parted(result.freeze_mask)
+      migrated = maskopt.migrate(by_hand.opt_state, by_hand.model, to=to)
+      assert jax.tree.all(
+        jax.tree.map(lambda x, y: np.array_equal(bits(x), bits(y)), migrated, result.opt_state)
+      )
+
+  def test_what_was_new_becomes_old_with_its_moments(self):
+    state, first = self.grown(optax.adam(0.05), self.parted)
+    tx = self.parted(first.freeze_mask)
+    state, second = self.grown(tx, self.parted, first.model, first.opt_state)
+    found = self.nu(second.opt_state, "old")
+    assert found.shape == (3, 6) and np.all(found > 0)
+    np.testing.assert_array_equal(bits(found[:, :4]), bits(self.nu(state, "old")))
+    np.testing.assert_array_equal(bits(found[:, 4:]), bits(self.nu(state, "new")))
+    back = surgery.grow(
+      first.model, "a", 1, consumers=["b"], opt_state=first.opt_state, tx=tx, to=optax.adam(0.1)
+    )
+    whole = back.opt_state[0].nu["a"]["kernel"]
+    np.testing.assert_array_equal(bits(whole[:, :4]), bits(self.nu(first.opt_state, "old")))
+
+  def test_another_optimizer_is_refused_and_the_remedy_works(self):
+    momentum = optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(
+      ValueError,
+      match=r"a state of the same optimizer, got moments at 0/mu, 0/nu, and not at 0/trace"
+      r"\. Leave opt_state out and start the new optimizer with to\.init\(new parameters\)",
+    ):
+      self.grown(optax.adam(0.05), momentum)
+    _, result = self.grown(optax.adam(0.05), None)
+    state = momentum.init(result.model)
+    assert state[0].trace["a"]["kernel"].shape == (3, 6)

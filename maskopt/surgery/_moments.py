@@ -6,7 +6,7 @@ moment'[place of i] = moment[i] if old element i was trained else init(params')[
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ def moved(
   slots, known = {slot for slot, _ in old.owned}, {slot for slot, _ in new.owned}
   if old.owned and new.owned and not (slots & known):
     got = f"moments at {', '.join(sorted(slots))}, and not at {', '.join(sorted(known))}"
-    remedy = "Take the state along with its own transform, then call maskopt.migrate(to=...)."
+    remedy = "Leave opt_state out and start the new optimizer with to.init(new parameters)."
     fail(where, [Problem("opt_state", "a state of the same optimizer", got)], remedy)
   leaves = [
     new.leaf(key, value, old, placements) for key, value in zip(new.keys, new.leaves, strict=True)
@@ -91,8 +91,8 @@ def moved(
 class _Slots:
   """The leaves of a state by what they are: (slot, parameter) for moments, their path for others.
 
-  A slot is the path of a moment's tree in the state, without the wrapping of maskopt, so that the
-  moments of `adam` and of `selective_transform(adam)` meet.
+  A slot is the path of a moment's tree in the state, without what wraps an optimizer, so that the
+  moments of `adam`, of `selective_transform(adam)` and of the groups of a `partition` meet.
   """
 
   def __init__(self, state: Any, tx: Any, params: Any, flat: _tree.Flat, where: str) -> None:
@@ -106,17 +106,18 @@ class _Slots:
     lengths = [len(p) for p in _keys(params)]
     self.keys: list[Any] = []
     self.leaves: list[Any] = []
+    # What stands at a key, by the group of a partition; "" outside of one.
+    self.owned: dict[Any, dict[str, _Owned]] = {}
+    self.others: dict[str, dict[str, Any]] = {}
     for path, leaf in found:
       owned = isinstance(leaf, _Owned)
       if owned:
         leaf = dataclasses.replace(leaf, place=path)
-      end = len(path) - lengths[leaf.number] if owned else len(path)
-      slot = "/".join(_tree.path_of((k,)) for k in path[:end])
-      slot = "/".join(part for part in slot.split("/") if part != "inner_state")
-      self.keys.append((slot, flat.paths[leaf.number]) if owned else slot)
+      slot, group = _slot(path[: len(path) - lengths[leaf.number]] if owned else path)
+      key: Any = (slot, flat.paths[leaf.number]) if owned else slot
+      self.keys.append((key, group))
       self.leaves.append(leaf)
-    self.owned = {k: x for k, x in zip(self.keys, self.leaves, strict=True) if _is_owned(x)}
-    self.others = {k: x for k, x in zip(self.keys, self.leaves, strict=True) if not _is_owned(x)}
+      (self.owned if owned else self.others).setdefault(key, {})[group] = leaf
 
   def layout(self, leaf: _Owned) -> tuple[Layout, Index] | None:
     """How a moment stores its elements; None if it does not have one for each."""
@@ -138,37 +139,66 @@ class _Slots:
         f"a moment of {np.shape(self.flat.leaves[leaf.number])}",
         describe(leaf.value),
       )
-      for (slot, path), leaf in self.owned.items()
+      for (slot, path), leaves in self.owned.items()
+      for leaf in leaves.values()
       if not _is_placeholder(leaf.value) and self.layout(leaf) is None
     ]
     if problems:
       fail(where, problems, _REMEDY)
 
-  def leaf(self, key: Any, leaf: Any, old: _Slots, placements: Mapping[str, Placement]) -> Any:
+  def leaf(self, named: Any, leaf: Any, old: _Slots, placements: Mapping[str, Placement]) -> Any:
     """One leaf of our state, with what the old state knows of it."""
+    key, group = named
     if isinstance(leaf, Layouts):
       return leaf
     if not isinstance(leaf, _Owned):
-      known: Any = old.others.get(key)
-      same = np.shape(known) == np.shape(leaf) and hasattr(known, "dtype")
-      return known if same and known.dtype == jnp.result_type(leaf) else leaf
+      known = _own_first(old.others.get(key, {}), group)
+      return next((x for x in known if hasattr(x, "dtype") and _alike(x, leaf)), leaf)
     placement = placements.get(key[1])
-    before = old.owned.get((key[0], placement.path)) if placement else None
-    if before is None:
+    if placement is None:
       return leaf.value
-    assert placement is not None
-    return self._moment(leaf, old, before, placement)
+    known = _own_first(old.owned.get((key[0], placement.path), {}), group)
+    return self._moment(leaf, old, known, placement)
 
-  def _moment(self, leaf: _Owned, old: _Slots, before: _Owned, placement: Placement) -> Any:
-    into, out = self.layout(leaf), old.layout(before)
-    if into is None or out is None or jnp.result_type(before.value) != jnp.result_type(leaf.value):
+  def _moment(
+    self, leaf: _Owned, old: _Slots, known: Sequence[_Owned], placement: Placement
+  ) -> Any:
+    """A moment with the values of every group that has some; the first one wins."""
+    into = self.layout(leaf)
+    dtype = jnp.result_type(leaf.value)
+    found = [(x.value, old.layout(x)) for x in known if jnp.result_type(x.value) == dtype]
+    found = [(value, out) for value, out in found if out is not None]
+    if into is None or not found:
       return leaf.value
-    values, known = _dense(before.value, *out)
     target, _ = _dense(leaf.value, *into)
-    placed = placement.into(target, placement.old_part(values))
-    kept = placement.into(np.zeros(target.shape, bool), placement.old_part(known))
-    new = _placement.like(np.where(kept, placed, target), leaf.value)
+    for value, out in reversed(found):
+      values, has = _dense(value, *out)
+      placed = placement.into(target, placement.old_part(values))
+      kept = placement.into(np.zeros(target.shape, bool), placement.old_part(has))
+      target = np.where(kept, placed, target)
+    new = _placement.like(target, leaf.value)
     return new if isinstance(into[0], Full) else into[0].take(new, into[1])
+
+
+def _slot(path: Sequence[Any]) -> tuple[str, str]:
+  """The path without what wraps an optimizer, and the group of a partition that it lies in."""
+  slot, group = [], ""
+  names = iter([_tree.path_of((key,)) for key in path])
+  for name in names:
+    if name == "inner_states":
+      group = next(names, "")
+    elif name != "inner_state":
+      slot.append(name)
+  return "/".join(slot), group
+
+
+def _own_first(groups: Mapping[str, Any], group: str) -> list[Any]:
+  """What stands in each group, the one of that name first."""
+  return sorted(groups.values(), key=lambda x: x is not groups.get(group))
+
+
+def _alike(before: Any, after: Any) -> bool:
+  return np.shape(before) == np.shape(after) and before.dtype == jnp.result_type(after)
 
 
 def _dense(values: Any, layout: Layout, index: Index) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +242,6 @@ def _is_box(x: Any) -> bool:
 def _unboxed(tree: Any) -> Any:
   """The tree without nnx variables, as `tx.update` sees it."""
   return jax.tree.map(lambda x: x.get_raw_value() if _is_box(x) else x, tree, is_leaf=_is_box)
-
-
-def _is_owned(x: Any) -> bool:
-  return isinstance(x, _Owned)
 
 
 def _is_unit(x: Any) -> bool:
