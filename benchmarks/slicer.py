@@ -184,7 +184,10 @@ def deep_mlp(layers: int = 100) -> Any:
       x = jax.nn.relu(x @ w + b)
     return jnp.mean(x**2)
 
-  demands = [columns(p.shape, 0.1) for p in jax.tree.leaves(params)]
+  demands: list[Any] = []
+  for _ in range(layers):  # the same units of a layer's kernel and bias
+    kernel = columns((64, 64), 0.1)
+    demands += [kernel, (type(kernel[0])(kernel[0][1:]),)]
   return loss, params, normal(4, 64), demands
 
 

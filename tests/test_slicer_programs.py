@@ -108,6 +108,62 @@ def test_most_of_a_leaf_is_computed_whole() -> None:
   assert report.flops_sliced == report.flops_full
 
 
+@pytest.mark.parametrize("stored", ["in, out", "out, in"])
+@pytest.mark.parametrize("wanted", ["rows", "columns"])
+def test_weight_gradients_multiply_the_narrow_operand_first(stored: str, wanted: str) -> None:
+  side, batch = 400, 2048
+  w, x = (jnp.asarray(R.normal(size=(n, side)) / 20, jnp.float32) for n in (side, batch))
+
+  def f(w: Any, x: Any) -> Any:
+    w = w if stored == "in, out" else w.T
+    return jnp.sum(jnp.tanh(jnp.matmul(x, w, precision=("highest", "default"))))
+
+  demand = (region(w.shape, *([2, 3, 11],) if wanted == "rows" else (None, [2, 3, 11])),)
+  assert_sliced(jax.grad(f), [demand], w, x)
+  closed = jax.make_jaxpr(lambda w, x: slice_program(jax.grad(f), [demand], w, x)[0])(w, x)
+  products = [e for e in closed.eqns if e.primitive.name == "dot_general"]
+  (product,) = [e for e in products if set(e.outvars[0].aval.shape) == {3, side}]
+  assert product.invars[0].aval.shape == (batch, 3)  # on a CPU the other order takes thrice as long
+
+
+KERNEL = jnp.asarray(R.normal(size=(3, 2, 5, 9)), jnp.float32)
+IMAGE = jnp.asarray(R.normal(size=(2, 6, 7, 5)), jnp.float32)
+
+
+def convolved(padding: Any, stride: int = 1) -> Any:
+  dims = ("NHWC", "HWIO", "NHWC")
+
+  def f(w: Any, x: Any) -> Any:
+    y = lax.conv_general_dilated(x, w, (stride, 1), padding, dimension_numbers=dims)
+    return jnp.sum(jnp.sin(y))
+
+  return jax.grad(f)
+
+
+PARTS = [(None, None, None, [2, 5, 8]), ([1],), (slice(1, 3),), ([0], [1], None, [2, 5, 8])]
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (0, 1)), ((0, 3), (2, 2))], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_kernels_by_tap_and_channel(padding: Any, stride: int) -> None:
+  grad = convolved(padding, stride)
+  for part in PARTS:
+    # A cut along a tap is no padding of (-1, 1): XLA:CPU reads past the image for that one.
+    report = assert_sliced(grad, [(region(KERNEL.shape, *part),)], KERNEL, IMAGE)
+    assert not report.stops
+
+
+def test_conv_kernels_convolve_the_narrow_operand() -> None:
+  demand = (region(KERNEL.shape, None, None, None, [2, 5, 8]),)
+  whole = jax.make_jaxpr(convolved("SAME"))(KERNEL, IMAGE)
+  closed = jax.make_jaxpr(lambda *a: slice_program(convolved("SAME"), [demand], *a)[0])(
+    KERNEL, IMAGE
+  )
+  image = [e.invars[0].aval.shape for e in closed.eqns if e.primitive.name.startswith("conv_gen")]
+  assert image[-1] == (2, 6, 7, 3)  # on a CPU the other order takes two to ten times as long
+  assert count_flops(closed) == count_flops(whole) / 3
+
+
 # --- a primitive nobody knows --------------------------------------------------------------------
 doubled_p = core.Primitive("slicer_test_doubled")
 doubled_p.def_impl(lambda x: x * 2)

@@ -49,7 +49,8 @@ class Points:
     One object per index set: a program that reads the set twice holds one constant.
     """
     if self._starts is None:
-      self._starts = self.values.astype(np.int32)[:, None]
+      # Not [:, None]: a stride of zero is lowered as one more broadcast.
+      self._starts = self.values.astype(np.int32).reshape(-1, 1)
     return self._starts
 
 

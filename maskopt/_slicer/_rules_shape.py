@@ -56,10 +56,22 @@ def placement(eqn: Equation, r: Region) -> Piece | None:
 
 @rule("transpose")
 def transpose(eqn: Equation, r: Region) -> Piece:
+  permutation, shape = eqn.params["permutation"], out_shape(eqn)
   ins: list[Index] = [None] * len(r)
-  for out_dim, in_dim in enumerate(eqn.params["permutation"]):
+  for out_dim, in_dim in enumerate(permutation):
     ins[in_dim] = r[out_dim]
-  return Piece([Region(ins)], rebind(eqn))
+  block = block_shape(r, shape)
+  alone = [d for d, n in enumerate(block) if n == 1]
+  if all(shape[d] == 1 for d in alone) or explicit_spec(eqn.outvars[0].aval):
+    return Piece([Region(ins)], rebind(eqn))
+  # A dimension cut down to one position moves by a reshape: XLA:CPU copies for a transpose of it.
+  moving = [in_dim for d, in_dim in enumerate(permutation) if d not in alone]
+  sizes = [n for d, n in sorted(zip(permutation, block, strict=True)) if d in moving]
+  order = [sorted(moving).index(d) for d in moving]
+  return Piece(
+    [Region(ins)],
+    lambda x: lax.reshape(lax.transpose(lax.reshape(x, sizes), order), block),
+  )
 
 
 @rule("rev")
