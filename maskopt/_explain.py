@@ -122,21 +122,13 @@ def _explained(notes: list[_journal.Note], jaxpr: core.Jaxpr) -> Explanation:
       trains = "?" if layout.count is None else f"{layout.count:,}"
       kind = received[path].kind if path in received else layout.kind
       count = f"{trains} of {layout.size:,}"
-      leaves[path] = Leaf(path, kind, count, _computed(layout), update, lost)
+      leaves[path] = Leaf(path, kind, count, _grad.computed(layout), update, lost)
   return Explanation(
     sum(g.flops_full for g in gradients),
     sum(g.flops_sliced for g in gradients),
     tuple(stop for g in gradients for stop in g.stops),
     tuple(leaves.values()),
   )
-
-
-def _computed(layout: Any) -> str:
-  if layout.kind == "Frozen":
-    return "none"
-  if layout.blocks:
-    return "blocks"
-  return "elements" if layout.kind == "Elements" else "whole"
 
 
 def _update(kind: str, received: Any, applied: Any, mark: str | None) -> tuple[str, str]:

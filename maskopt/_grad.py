@@ -253,6 +253,16 @@ def _is_sampled(layout: Layout) -> bool:
   return isinstance(layout, Elements) and layout.length < densest * layout.size
 
 
+def computed(layout: Layout) -> str:
+  """What the backward pass computes of a leaf: "none", "blocks", "elements" or "whole"."""
+  if isinstance(layout, Frozen):
+    return "none"
+  if layout.blocks:
+    share = (layout.count or 0) / max(layout.size, 1)
+    return "blocks" if share <= _slicer.SLICE_BELOW else "whole"
+  return "elements" if _is_sampled(layout) else "whole"
+
+
 def _evaluate(
   differentiated: Callable[..., Any], split: _Split
 ) -> tuple[Any, list[Any], _slicer.Plan | None]:

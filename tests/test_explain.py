@@ -106,6 +106,76 @@ def test_what_stops_a_demand_is_counted():
   assert all(stop.count >= 1 and stop.primitive and stop.line for stop in found.stops)
 
 
+def _few(shape, share):
+  frozen = np.ones(shape, bool)
+  frozen.flat[np.random.default_rng(0).choice(frozen.size, round(share * frozen.size), False)] = (
+    False
+  )
+  return frozen
+
+
+def _embedding(w, x):
+  return jnp.sum(jnp.sin(w[jnp.arange(3)])) * x.sum()
+
+
+def _convolution(w, x):
+  kernel = w.reshape(1, 32, 32)
+  image = jnp.broadcast_to(x[None], (2, 8, 32))
+  dims = ("NWC", "WIO", "NWC")
+  return jax.lax.conv_general_dilated(image, kernel, (1,), "SAME", dimension_numbers=dims).sum()
+
+
+def _batched(w, x):
+  return jnp.sin(jnp.einsum("ni,nio->no", x[:4], w.reshape(4, 32, 8))).sum()
+
+
+def _stacked(w, x):
+  return jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x[:, :8], w.reshape(16, 8, 8))[0].sum()
+
+
+@pytest.mark.parametrize(
+  ("fun", "primitive"),
+  [
+    (_embedding, "scatter-add"),
+    (_convolution, "conv_general_dilated"),
+    (_batched, "dot_general"),
+    (_stacked, "scan"),
+  ],
+)
+def test_scattered_elements_gathered_from_the_whole_are_named(fun, primitive):
+  w, x = jnp.ones((32, 32)), jnp.ones((8, 32))
+  found = maskopt.explain(fun, _few(w.shape, 0.009), w, x)
+  reasons = {stop.primitive: stop.reason for stop in found.stops}
+  assert reasons[primitive] == "scattered elements are gathered from the whole"
+  assert f"{primitive} at" in str(found) and "gathered from the whole" in str(found)
+  frozen = _few(w.shape, 0.009)
+  g = maskopt.grad(fun, frozen, packed=True)(w, x)
+  np.testing.assert_allclose(g.values, np.asarray(jax.grad(fun)(w, x))[~frozen], rtol=1e-5)
+
+
+def test_leaves_say_what_is_computed_of_them():
+  p = {name: jnp.ones((32, 32)) for name in ("few", "many", "most", "some", "union")}
+  union = np.arange(32)[:, None] + 0 * np.arange(32) > 1
+  union[:, 5] = False
+  mask = {
+    "few": _few((32, 32), 0.009),
+    "many": _few((32, 32), 0.1),
+    "most": np.arange(32) > 20,
+    "some": np.arange(32) > 2,
+    "union": union,
+  }
+  found = maskopt.explain(
+    lambda p, x: sum((x @ w).sum() for w in p.values()), mask, p, X[:, :16].repeat(2, 1)
+  )
+  assert {leaf.path: leaf.gradient for leaf in found.leaves} == {
+    "few": "elements",
+    "many": "whole",
+    "most": "whole",
+    "some": "blocks",
+    "union": "blocks",
+  }
+
+
 def test_nothing_is_run():
   def never(p, x):
     jax.debug.callback(lambda: pytest.fail("explain ran the loss"))

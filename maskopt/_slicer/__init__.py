@@ -4,6 +4,7 @@ from ._flops import count_flops as count_flops
 from ._plan import (
   ALL as ALL,
   NONE as NONE,
+  SLICE_BELOW as SLICE_BELOW,
   Plan as Plan,
   Report as Report,
   Stop as Stop,

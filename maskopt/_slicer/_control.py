@@ -29,6 +29,7 @@ from ._rule import (
   shape_of,
   whole,
 )
+from ._sampled import GATHERED
 from ._shard_map import shard_map
 
 Demands: TypeAlias = tuple[Demand, ...]
@@ -179,7 +180,8 @@ def scan(eqn: Equation, outs: Demands, planner: Planner) -> Step:
     )  # fmt: skip
     return _paired((*carry, *got), [*final, *ys])
 
-  return Step(eqn, [*plan.ins[:first], *carry, *rows], run, plans=[plan])
+  stopped = GATHERED if wanted != list(outs[n_carry:]) else None
+  return Step(eqn, [*plan.ins[:first], *carry, *rows], run, stopped, [plan])
 
 
 def _turns(eqn: Equation, stacked: Sequence[Demand]) -> Index:

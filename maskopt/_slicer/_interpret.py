@@ -164,7 +164,9 @@ class Analysis:
     return JaxprPlan(jaxpr, demands, ins, steps[::-1], _last_reads(jaxpr, steps), stops)
 
   def _step(self, eqn: Equation, outs: Demands, stops: Counter[Stop]) -> Step:
-    outs = _passable(eqn, outs)
+    asked, outs = outs, _passable(eqn, outs)
+    if outs != asked:
+      stops[(eqn.primitive.name, _sampled.GATHERED, _line(eqn))] += 1
     is_partial = any(not r.is_full for regions in outs for r in regions)
     name = eqn.primitive.name
     if has_side_effects(eqn) and name not in _control.CALLS:
@@ -173,6 +175,8 @@ class Analysis:
       unwanted = any(not d and not _is_dropped(v) for v, d in zip(eqn.outvars, outs, strict=True))
       step = _control.CALLS[name](eqn, outs, self.plan) if is_partial or unwanted else None
       if step is not None:
+        if step.stopped is not None:
+          stops[(name, step.stopped, _line(eqn))] += 1
         if not is_partial and not any(map(_is_shorter, step.plans)):
           return _whole(eqn)
         for plan in step.plans:
@@ -254,7 +258,7 @@ def _by_rule(eqn: Equation, outs: Demands) -> Step:
   for r in outs[0]:
     piece = _sampled.PICKED[name](eqn, r) if isinstance(r, Pick) else RULES[name](eqn, r)
     if piece is None and isinstance(r, Pick):
-      return _by_rule(eqn, (whole(eqn.outvars[0]),))
+      return _by_rule(eqn, (whole(eqn.outvars[0]),))._replace(stopped=_sampled.GATHERED)
     if piece is None:
       return _whole(eqn, "this demand has no rule")
     pieces.append(piece)

@@ -19,6 +19,7 @@ from jax import lax
 from ._region import Pick, full
 from ._rule import Equation, Piece, out_shape, rebind, shape_of
 
+GATHERED: Final = "scattered elements are gathered from the whole"  # where no product is sampled
 CHUNK: Final = 512  # products in flight: their operands stay in cache
 # Densities below which sampling wins on CPU, by summed length (2048 and 256 rows were measured:
 # 0.92 and 0.59 of the dense time at 1%, 1.6 and 1.4 at 3%; see benchmarks/slicer.py). Accelerators
