@@ -211,6 +211,53 @@ def test_statistics_without_parameters_and_bad_masks():
     maskopt.linen.freeze_statistics(Two().apply, runtime)(v, X)
 
 
+class Doubling(nn.BatchNorm):
+  def __call__(self, x, use_running_average=None):
+    return super().__call__(2 * x, use_running_average=use_running_average)
+
+
+class Centred(nn.Module):
+  """Statistics of one's own."""
+
+  @nn.compact
+  def __call__(self, x, use_running_average=None):
+    centre = self.variable("batch_stats", "mean", lambda: jnp.zeros(6))
+    scale = self.param("scale", nn.initializers.ones, (6,))
+    if not use_running_average and not self.is_initializing():
+      centre.value = x.mean(0)
+    return (x - centre.value) * scale
+
+
+class Normed(nn.Module):
+  kind: type
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    return self.kind(name="norm")(nn.Dense(6, name="dense")(x), use_running_average=not train)
+
+
+@pytest.mark.parametrize("containers", [dict, freeze])
+@pytest.mark.parametrize("units", [UNITS, True])
+@pytest.mark.parametrize("kind", [nn.BatchNorm, Doubling, Centred])
+def test_statistics_of_subclasses_and_of_other_modules(kind, units, containers):
+  """The mode is given at the call."""
+  model, frozen = Normed(kind), np.broadcast_to(units, 6)
+  v = containers(model.init(jax.random.key(0), X))
+  mask = {"dense": False, "norm": dict.fromkeys(v["params"]["norm"], units)}
+  apply = maskopt.linen.freeze_statistics(model.apply, mask)
+  if kind is Centred:
+    with pytest.warns(UserWarning, match="at norm/mean, the statistics of frozen units are still"):
+      _, changed = apply(v, X, mutable=["batch_stats"])
+  else:
+    y, changed = apply(v, X, mutable=["batch_stats"])
+    inferred = model.apply(v, X, train=False)
+    np.testing.assert_allclose(y[:, frozen], inferred[:, frozen], rtol=1e-5, atol=1e-6)
+  assert type(changed) is type(model.apply(v, X, mutable=["batch_stats"])[1])
+  old, new = v["batch_stats"]["norm"]["mean"], changed["batch_stats"]["norm"]["mean"]
+  assert np.array_equal(same_bits(old, new), frozen)
+  apply(v, X, train=False, mutable=["batch_stats"])  # in inference mode there is nothing to say
+
+
 SCATTERED = RNG.random((4, 6)) < 0.6
 
 

@@ -145,7 +145,10 @@ def test_statistics_of_other_modules_and_shared_ones():
   a = Counted()
   model = nnx.Dict(a=a, b=Counted(a.seen))
   mask = {"a": {"w": np.array([True, False, True])}, "b": False}
-  maskopt.nnx.freeze_statistics(model, mask)
+  with pytest.warns(
+    UserWarning, match=r"at a \(Counted\), the statistics of frozen units are still"
+  ):
+    maskopt.nnx.freeze_statistics(model, mask)
   assert model["a"].seen is model["b"].seen and isinstance(a.seen, nnx.BatchStat)
   nnx.jit(lambda m: m["b"](jnp.ones(3)))(model)
   assert a.seen[...].tolist() == [0.0, 1.0, 0.0]
@@ -153,6 +156,87 @@ def test_statistics_of_other_modules_and_shared_ones():
   assert type(a.seen) is nnx.BatchStat and model["b"].seen is a.seen
   model["a"](jnp.ones(3))
   assert a.seen[...].tolist() == [9.0, 2.0, 1.0]
+
+
+class Doubling(nnx.BatchNorm):
+  def __call__(self, x, use_running_average=None, *, mask=None):
+    return super().__call__(2 * x, use_running_average, mask=mask)
+
+
+class Renamed(nnx.BatchNorm):
+  pass
+
+
+@pytest.mark.parametrize("units", [np.array([True, False, False, True, False, True]), True])
+@pytest.mark.parametrize("kind, factor", [(Doubling, 2), (Renamed, 1)])
+def test_subclasses_that_call_the_library_are_held_as_it_is(kind, factor, units):
+  model = Net(nnx.Rngs(0))
+  model.norm = kind(6, rngs=nnx.Rngs(0))
+  frozen = np.broadcast_to(units, 6)
+  mask = {"first": False, "norm": {"scale": units, "bias": units}, "second": False}
+  h = RNG.standard_normal((8, 6)).astype(np.float32) + 1
+  expected = normalised(model.norm, factor * h)
+  before = stats(model)
+  maskopt.nnx.freeze_statistics(model, mask)
+  model.train()
+  assert isinstance(model.norm, kind)
+  copied = copy.deepcopy(model)
+  for m in (model, copied):
+    out = np.asarray(nnx.jit(lambda m: m.norm(h))(m))
+    np.testing.assert_allclose(out[:, frozen], expected[:, frozen], rtol=1e-5, atol=1e-6)
+    for path, x in before.items():
+      assert np.array_equal(same_bits(x, stats(m)[path]), frozen)
+  maskopt.nnx.freeze_statistics(model, False)
+  assert type(model.norm) is kind and not hasattr(model.norm, "still")
+  model.norm(h)
+  assert not same_bits(before["norm/mean"], stats(model)["norm/mean"]).any()
+
+
+def test_subclasses_that_normalise_by_themselves_are_named():
+  class Own(nnx.BatchNorm):
+    def __call__(self, x):
+      self.mean[...] = x.mean(0)
+      return x - x.mean(0)
+
+  model = nnx.Dict(norm=Own(4, rngs=nnx.Rngs(0)))
+  with pytest.warns(UserWarning, match=r"at norm \(Own\).*derive it from nnx.BatchNorm and normal"):
+    maskopt.nnx.freeze_statistics(model, True)
+  model["norm"](X)
+  assert not np.any(model["norm"].mean[...])
+  maskopt.nnx.freeze_statistics(model, False)
+  model["norm"](X)
+  assert np.all(model["norm"].mean[...])
+
+
+class Centred(nnx.Module):
+  """Statistics of one's own, used as Flax's layers use theirs."""
+
+  def __init__(self):
+    self.centre, self.scale = nnx.BatchStat(jnp.zeros(4)), nnx.Param(jnp.ones(4))
+    self.use_running_average = False
+
+  def __call__(self, x):
+    if not self.use_running_average:
+      self.centre[...] = x.mean(0)
+    return (x - self.centre[...]) * self.scale[...]
+
+
+def test_a_layer_that_asks_for_its_mode_is_told_to_infer_if_all_of_it_is_frozen():
+  model = nnx.Dict(a=Centred(), b=Centred())
+  maskopt.nnx.freeze_statistics(model, {"a": True, "b": False})
+  model.train()
+  assert isinstance(model["a"], Centred) and type(model["b"]) is Centred
+  for m in (model, nnx.clone(model)):
+    np.testing.assert_array_equal(nnx.jit(lambda m: m["a"](X))(m), X)
+    m["b"](X)
+    assert not np.any(m["a"].centre[...]) and np.all(m["b"].centre[...])
+  maskopt.nnx.freeze_statistics(model, False)
+  assert type(model["a"]) is Centred and model["a"].use_running_average is False
+  some = {"a": {"scale": np.arange(4) < 2}, "b": False}
+  with pytest.warns(UserWarning, match=r"at a \(Centred\)"):
+    maskopt.nnx.freeze_statistics(model, some)
+  model["a"](X)
+  assert np.array_equal(model["a"].centre[...] == 0, np.arange(4) < 2)
 
 
 def test_loading_a_state_sets_them_and_they_are_still_again():

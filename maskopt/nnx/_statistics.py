@@ -7,6 +7,8 @@ these do not move.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,6 +70,58 @@ class StillBatchNorm(nnx.BatchNorm):
     return jnp.where(still.reshape(shape), inferred, live)
 
 
+class Inferring(nnx.Module):
+  """A wholly frozen layer of another kind that asks its own `use_running_average` for its mode."""
+
+  @property
+  def use_running_average(self) -> bool:
+    """True, whatever `model.train()` says; that is kept for when the layer thaws."""
+    return True
+
+  @use_running_average.setter
+  def use_running_average(self, value: bool) -> None:
+    vars(self)["use_running_average"] = value
+
+
+# The class that a layer was given, by the class that holds it still.
+_mixed_kinds: dict[type, type] = {StillBatchNorm: nnx.BatchNorm}
+
+
+@functools.cache
+def _mixed(kind: type, held: type) -> type:
+  """A layer's class with `held` where its own methods call on the library's."""
+  if kind is nnx.BatchNorm:
+    return held
+  bases = (kind, held) if issubclass(held, nnx.BatchNorm) else (held, kind)
+  names = {
+    "__module__": kind.__module__,
+    "__qualname__": kind.__qualname__,
+    "__doc__": kind.__doc__,
+  }
+  return type(kind)(kind.__name__, bases, names)
+
+
+def _kind(module: nnx.Module) -> type:
+  """The class that a layer was given."""
+  return _mixed_kinds.get(type(module), type(module))
+
+
+def _held(module: nnx.Module, held: type | None) -> None:
+  """Change the class of a layer in place, for several modules may share it; the state stays."""
+  kind = _kind(module)
+  new = kind if held is None else _mixed(kind, held)
+  if new is not kind:
+    _mixed_kinds[new] = kind
+  module.__class__ = new
+
+
+def _calls_on(kind: type) -> bool:
+  """Whether each `__call__` that a subclass of `nnx.BatchNorm` brings calls `super()`."""
+  own = [c.__dict__["__call__"] for c in kind.__mro__ if "__call__" in c.__dict__]
+  code = [getattr(f, "__code__", None) for f in own[: own.index(nnx.BatchNorm.__call__)]]
+  return all(c is not None and "__class__" in c.co_freevars for c in code)
+
+
 def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
   """Hold the batch statistics of frozen layers still, and normalise their units by these.
 
@@ -77,8 +131,9 @@ def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
   What `trainable = False` means for a Keras layer: `model.train()` and `use_running_average=False`
   do not undo it. A unit of a normalisation layer is frozen if all its parameters (scale and bias)
   are; a layer without parameters is frozen if all parameters of the smallest module around it are.
-  Batch statistics of other layers are held still too, but how they are used is theirs: put those
-  layers in inference mode.
+  Subclasses of `nnx.BatchNorm` that normalise by `super().__call__` are held as it is. Batch
+  statistics of other layers keep their bits too; such a layer uses them if all of it is frozen and
+  its attribute `use_running_average` says how. Of any other a warning says that it may not.
 
   Args:
     model: the network; changed in place, and again by each call, so a mask that thaws a layer sets
@@ -89,6 +144,8 @@ def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
     The same model; its `nnx.BatchNorm` layers are still such, its state has the same paths.
   Raises:
     ValueError: the mask does not fit the model, or is runtime data; TypeError: it is not boolean.
+  Warns:
+    UserWarning: statistics are still, but how their layer uses them is its own; names the layers.
   Example:
     >>> import jax.numpy as jnp, maskopt
     >>> from flax import nnx
@@ -101,37 +158,49 @@ def freeze_statistics(model: nnx.Module, freeze_mask: Any = None) -> nnx.Module:
   _carried.need_module(model, "maskopt.nnx.freeze_statistics(model)")
   frozen = _units(model, freeze_mask)
   replaced: dict[int, nnx.BatchStat] = {}
+  loose: list[str] = []
   for path, module in list(nnx.iter_graph(model)):
     if isinstance(module, nnx.Module):
       name = "/".join(map(str, path))
-      if type(module) in (nnx.BatchNorm, StillBatchNorm):
-        _still_norm(module, frozen.of(name, (module.num_features,)))  # type: ignore[attr-defined]
-      else:
-        _still_others(module, frozen, name, replaced)
+      if isinstance(module, nnx.BatchNorm) and _calls_on(_kind(module)):
+        _still_norm(module, frozen.of(name, (module.num_features,)))
+      elif not _still_others(module, frozen, name, replaced):
+        loose.append(f"{name or 'the root'} ({_kind(module).__name__})")
+  if loose:
+    warnings.warn(
+      f"`{_WHERE}`: at {', '.join(loose)}, the statistics of frozen units are still, but how the "
+      "layer uses them is its own. Put it in inference mode, or derive it from nnx.BatchNorm and "
+      "normalise by super().__call__.",
+      stacklevel=2,
+    )
   return model
 
 
 def _still_norm(module: Any, still: StaticMask | bool) -> None:
-  # In place, for several modules may share this one; both classes have the same state.
-  if still is False:
-    module.__class__ = nnx.BatchNorm
-    if hasattr(module, _STILL):
-      delattr(module, _STILL)
-  else:
-    module.__class__ = StillBatchNorm
+  _held(module, None if still is False else StillBatchNorm)
+  if still is not False:
     module.still = still
+  elif hasattr(module, _STILL):
+    delattr(module, _STILL)
 
 
 def _still_others(
   module: nnx.Module, frozen: Units, path: str, replaced: dict[int, nnx.BatchStat]
-) -> None:
-  """Make the statistics of this very module still where its units are frozen."""
-  for name, stat in list(vars(module).items()):
-    if isinstance(stat, nnx.BatchStat):
-      if id(stat) not in replaced:
-        new = _statistic(stat, frozen.of(path, np.shape(stat)))
-        replaced[id(stat)] = replaced[id(new)] = new
-      setattr(module, name, replaced[id(stat)])
+) -> bool:
+  """Make the statistics of this very module still; returns whether it must use them if frozen."""
+  stats = {k: v for k, v in vars(module).items() if isinstance(v, nnx.BatchStat)}
+  still = {name: frozen.of(path, np.shape(stat)) for name, stat in stats.items()}
+  for name, stat in stats.items():
+    if id(stat) not in replaced:
+      new = _statistic(stat, still[name])
+      replaced[id(stat)] = replaced[id(new)] = new
+    setattr(module, name, replaced[id(stat)])
+  wholly = bool(still) and all(x is True for x in still.values())
+  # A subclass of nnx.BatchNorm that does all by itself may ask for its mode in any way.
+  asks = "use_running_average" in vars(module) and not isinstance(module, nnx.BatchNorm)
+  if stats:
+    _held(module, Inferring if wholly and asks else None)
+  return (wholly and asks) or all(x is False for x in still.values())
 
 
 def _statistic(stat: nnx.BatchStat, still: StaticMask | bool) -> nnx.BatchStat:
