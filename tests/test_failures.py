@@ -227,6 +227,17 @@ def test_a_nan_in_a_frozen_gradient(value):
     after = run(ours(inner, mask), grads)
     assert reference.same_bits(after["w"], PARAMS["w"])
     assert np.isfinite(after["b"]).all() and after["b"][1] < 1
+  # The same beside trainable elements of one leaf: dense with zeros, packed, and as runtime data.
+  grads["w"] = jnp.where(ELEMENTS, value, 1.0)
+  for w, prefer in (
+    (ELEMENTS, "time"),
+    (ELEMENTS, "memory"),
+    (maskopt.runtime(ELEMENTS), "time"),
+    (maskopt.runtime(ELEMENTS, 2), "time"),
+  ):
+    after = run(ours(inner, {"w": w, "b": True}, prefer=prefer), grads)
+    assert reference.moved(PARAMS["w"], after["w"], ELEMENTS) == []
+    np.testing.assert_allclose(np.asarray(after["w"])[~ELEMENTS], 1 - 0.3 / 2**0.5, rtol=1e-5)
 
 
 def test_apply_if_finite_outside_skips_good_steps():

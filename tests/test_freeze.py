@@ -350,6 +350,23 @@ def test_masters_give_way_to_parameters_set_by_somebody_else():
   assert state.masters["w"].tolist() == [3.0]
 
 
+@pytest.mark.parametrize("trains", [[1, 3], [0, 1, 2, 3], [1, 2]])  # Elements, Full, Slice
+def test_after_masters_comes_their_difference(trains):
+  """What a parameter is set to is no gradient: the next transform of a chain sees the step."""
+  mask = {"w": ~np.isin(np.arange(4), trains)}
+  kwargs = {"freeze_mask": mask, "prefer": "memory"}
+  first = maskopt.selective_transform(optax.sgd(0.25), master_dtype=jnp.float32, **kwargs)
+  tx = optax.chain(first, maskopt.selective_transform(optax.scale(0.5), **kwargs))
+  params = {"w": jnp.ones(4, jnp.bfloat16)}
+
+  def step(params, state):
+    updates, state = tx.update(params, state, params)
+    return maskopt.apply_updates(params, updates)["w"].astype(jnp.float32)
+
+  for call in (step, jax.jit(step)):
+    assert call(params, tx.init(params)).tolist() == np.where(mask["w"], 1, 0.875).tolist()
+
+
 def test_runtime_masks_keep_moments_of_what_stays_trainable():
   def mask(*trains):
     return {"w": maskopt.runtime(~np.isin(np.arange(6), trains), 2)}
