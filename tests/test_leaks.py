@@ -216,6 +216,14 @@ def test_arrays_are_freed_with_their_last_user(mask, way, jit):
     gc.enable()
 
 
+def test_a_note_is_of_the_very_array():
+  """Not of one that has the address of another."""
+  memory, x, other = _provenance.Memory(), jnp.ones(3), jnp.ones(3)
+  memory.remember(other, "other")
+  memory._notes[id(x)] = memory._notes[id(other)]  # as if x had come to stand where other stood
+  assert memory.recall(x) is None and memory.recall(other) == "other"
+
+
 @pytest.mark.parametrize("mask", sorted(set(MASKS) - {"Frozen", "Full"}))
 def test_an_update_keeps_its_values_and_no_parameter(mask):
   tx, p = selective(MASKS[mask]), params()

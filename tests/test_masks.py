@@ -77,7 +77,8 @@ def test_a_function_is_called_once_with_the_parameters():
 
 def test_none_leaves_pass_through():
   params = {"a": None, "b": jnp.ones(2)}
-  for mask in ({"a": None, "b": True}, {"a": True, "b": True}, {"b": True}, True):
+  below = {"a": {"kernel": True}, "b": True}  # a layer that this model leaves out
+  for mask in ({"a": None, "b": True}, {"a": True, "b": True}, {"b": True}, True, below):
     tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["a"] is None
