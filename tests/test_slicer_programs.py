@@ -14,7 +14,16 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from test_slicer import assert_sliced, block_of
 
-from maskopt._slicer import ALL, NONE, Region, analyze, count_flops, region, slice_program
+from maskopt._slicer import (
+  ALL,
+  NONE,
+  Region,
+  _rules_contract,
+  analyze,
+  count_flops,
+  region,
+  slice_program,
+)
 
 R = np.random.default_rng(0)
 W = jnp.asarray(R.normal(size=(20, 20)) / 4, jnp.float32)
@@ -207,6 +216,35 @@ def test_hessian_vector_product() -> None:
   np.testing.assert_allclose(
     got, jax.jvp(lambda w: plain(w, X), (W,), (v,))[1], rtol=1e-4, atol=1e-4
   )
+
+
+def through_products() -> dict[str, Any]:
+  """(gradient, its arguments, region): those that multiply in another order on a CPU."""
+  columns = (None, [2, 3, 11])
+  return {
+    "matmul": (jax.grad(loss), W, X, region(W.shape, *columns)),
+    "conv": (convolved("SAME"), KERNEL, IMAGE, region(KERNEL.shape, None, None, None, [2, 5, 8])),
+  }
+
+
+@pytest.mark.parametrize("name", through_products())
+def test_derivatives_through_exchanged_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(_rules_contract, "LARGE_PRODUCT", 0)
+  grad, w, x, r = through_products()[name]
+  v, xs = jnp.ones_like(w), jnp.stack([x, x + 1])
+
+  def ours(w: Any, x: Any) -> Any:
+    return slice_program(grad, [(r,)], w, x)[0][0][0]
+
+  def theirs(w: Any, x: Any) -> Any:
+    return grad(w, x)[..., np.asarray([2, 3, 11] if name == "matmul" else [2, 5, 8])]
+
+  for derivative in (
+    lambda f: jax.jvp(lambda w: f(w, x), (w,), (v,))[1],
+    lambda f: jax.grad(lambda w: jnp.sum(jnp.sin(f(w, x))))(w),
+    lambda f: jax.jit(jax.vmap(f, (None, 0)))(w, xs),
+  ):
+    np.testing.assert_allclose(derivative(ours), derivative(theirs), rtol=1e-3, atol=1e-3)
 
 
 def test_custom_rules_survive_for_those_who_differentiate_through() -> None:
