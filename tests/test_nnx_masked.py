@@ -338,3 +338,31 @@ def test_freeze_mask_of_shared_layers_and_of_no_module():
   with pytest.raises(TypeError, match="expected an nnx module, got dict"):
     maskopt.nnx.freeze_mask({})
   assert maskopt.nnx.freeze_mask(nnx.Dict()) == {}
+
+
+def test_second_derivatives_and_batches_are_those_of_the_library_where_something_trains():
+  mask = np.arange(12).reshape(4, 3) % 3 > 0
+  layer = maskopt.nnx.MaskedLinear(4, 3, kernel_freeze_mask=mask, rngs=nnx.Rngs(0))
+  plain = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
+
+  def of(layer):
+    graphdef, state = nnx.split(layer)
+
+    def loss(kernel, x):
+      state["kernel"] = state["kernel"].replace(kernel)
+      return (nnx.merge(graphdef, state)(x) ** 3).sum()
+
+    return loss
+
+  kernel = plain.kernel[...]
+  for k in (0, 1):
+    ours, theirs = (jax.hessian(of(m), argnums=k)(kernel, x) for m in (layer, plain))
+    if k == 0:  # the gradient's frozen elements are zero, whatever moves
+      theirs = np.where(mask[:, :, None, None], 0, theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+  batched = jax.vmap(jax.grad(of(layer)), (None, 0))(kernel, x)
+  expected = jax.vmap(jax.grad(of(plain)), (None, 0))(kernel, x)
+  np.testing.assert_allclose(batched, np.where(mask, 0, expected), rtol=1e-5, atol=1e-5)
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jvp(lambda x: of(layer)(kernel, x), (x,), (x,))

@@ -208,7 +208,7 @@ def _tell_layers(report: Report, network: Network) -> None:
     [(name, *(str(column[name]) for column in columns.values())) for name in columns["all"]],
   )
   report.say(
-    "As in Keras, but for flatten under layers[:-3]: there the loop takes its flag too; a mask "
+    "As in Keras, but for flatten under layers[:-3]: Keras's loop clears its flag too; a mask "
     "speaks of parameters, and flatten has none."
   )
 

@@ -309,8 +309,8 @@ def _tell_new(report: Report, rows: list[dict[str, Any]]) -> None:
       for row in rows
     ],
   )
-  report.say("Kept: every bit; of the outputs, those of the old network at its own size.")
-  report.say("New weights: the largest difference to the mask's, same optimizer.")
+  report.say("Outputs: those of the ten old classes, from the old weights computed by themselves.")
+  report.say("New weights: how far they end from those of the mask under the same optimizer.")
 
 
 def _tell_both(report: Report, rows: list[dict[str, Any]]) -> None:

@@ -68,9 +68,10 @@ class MaskedDense(Masked, nn.Dense):
 
   The gradient of the input flows through frozen weights as ever. Under a plain optimizer frozen
   weights still decay and follow old momentum: give `maskopt.linen.TrainState` the masks, which
-  `maskopt.linen.freeze_mask` collects; without them it raises. Only reverse-mode derivatives are
-  defined. The masks are fields of the module, not variables: a checkpoint of the parameters does
-  not hold them.
+  `maskopt.linen.freeze_mask` collects; without them it raises. Derivatives are reverse-mode
+  (`jax.grad`, and `jax.hessian` on top of it); for `jax.jvp` take Flax's layer and give the mask to
+  `maskopt.grad`. The masks are fields of the module, not variables: a checkpoint of the parameters
+  does not hold them.
 
   Args:
     features: as in `nn.Dense`, and so the other fields.

@@ -3,7 +3,8 @@
   dW[i] = 0 if frozen[i], never computed        dx as if nothing were frozen
 
 XLA does not push a slice through a matmul, and a `where` with `stop_gradient` saves nothing, so the
-layer brings its own derivative: its transposed program, sliced to what trains.
+layer brings its own derivative: its transposed program, sliced to what trains. JAX's `linear_call`
+would keep forward mode, but has neither `vmap` nor second derivatives, which `custom_vjp` has.
 """
 
 from __future__ import annotations

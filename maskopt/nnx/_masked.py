@@ -62,9 +62,11 @@ class MaskedLinear(Masked, nnx.Linear):
 
   The gradient of the input flows through frozen weights as ever. Under a plain optimizer frozen
   weights still decay and follow old momentum: `maskopt.nnx.Optimizer` reads the masks and does not
-  let them. Only reverse-mode derivatives are defined. Masks are part of the graphdef: `nnx.split`,
-  `nnx.clone`, `copy.deepcopy` and `pickle` keep them. A checkpoint of the state holds arrays only:
-  restore it into a layer built with the same masks, or store `maskopt.nnx.freeze_mask(model)` too.
+  let them. Derivatives are reverse-mode (`jax.grad`, and `jax.hessian` on top of it); for `jax.jvp`
+  take Flax's layer and give the mask to `maskopt.nnx.grad`. Masks are part of the graphdef:
+  `nnx.split`, `nnx.clone`, `copy.deepcopy` and `pickle` keep them. A checkpoint of the state holds
+  arrays only: restore it into a layer built with the same masks, or store
+  `maskopt.nnx.freeze_mask(model)` too.
 
   Args:
     in_features: as in `nnx.Linear`.

@@ -16,9 +16,9 @@ from typing import Any
 
 WIDTH = 100
 _GAP = "  "
-# The path column keeps this much of a narrow line, and letters cut out of a name leave it legible
-# only if that much remains.
-_LEAST, _LEGIBLE = 12, 24
+# The path column keeps this much of a line where columns can be spared; letters cut out of a name
+# leave it legible only if that much remains.
+_LEAST, _LEGIBLE = 18, 24
 # A style is the name of what a row means; each form has its own ink for it.
 _RICH = {"": "", "good": "green", "bad": "bold red", "warn": "yellow", "dim": "dim"}
 _HTML = {
@@ -55,13 +55,19 @@ class Table:
 
   def _columns(self, width: int) -> dict[int, int]:
     """The width of each column that has room; what is left of a line is for paths."""
-    widths = dict(enumerate(max(map(len, c)) for c in zip(self.headers, *self.rows, strict=True)))
-    least = min(widths[0], _LEAST)
-    for column in self.spare:
-      if _total(widths) - widths[0] + least > width:
-        del widths[column]
-    widths[0] = max(min(widths[0], width - _total(widths) + widths[0]), least)
-    return widths
+    full = dict(enumerate(max(map(len, c)) for c in zip(self.headers, *self.rows, strict=True)))
+    paths = [row[0] for row in self.rows]
+    narrow: dict[int, int] = {}
+    for count in range(len(self.spare) + 1):
+      widths = {i: n for i, n in full.items() if i not in self.spare[:count]}
+      room = width - _total(widths) + full[0]
+      widths[0] = max(min(full[0], room), min(full[0], len(self.headers[0])))
+      if all(len(path) <= widths[0] for path in apart(paths, widths[0])):
+        return widths
+      # No choice of columns spares every path a line of its own: then the first that leaves room.
+      if narrow.get(0, 0) < min(full[0], _LEAST):
+        narrow = widths
+    return narrow
 
   def lines(self, width: int, rule: str = "-") -> Iterator[tuple[str, str]]:
     """(style, line) of the table; a path that cannot be shortened has lines of its own."""
