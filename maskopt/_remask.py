@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +29,36 @@ def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
     elif layout.digest or isinstance(layout, (Frozen, Full)):
       problems.append(Problem(path, "a static mask, as init was given", "a runtime mask"))
     elif isinstance(layout, Elements):
-      index.append({"flat": _choice.positions(mask.mask, layout.shape, layout.length)})
+      index.append({"flat": searched(mask.mask, layout)})
     else:
       index.append({"frozen": jnp.array(mask.mask)})  # a copy: the state may be donated
   if problems:
     fail(where, problems, "Give init a runtime mask: maskopt.runtime(mask).")
   return Layouts(layouts.static, index)
+
+
+def searched(mask: Any, layout: Elements) -> Any:
+  """Flat positions of what a mask trains, sorted; a row mask is searched row by row.
+
+  A mask that trains fewer than the layout holds gets positions past the end, unique ones.
+  """
+  told = [d for d, n in enumerate(mask.shape) if n > 1]
+  leading = layout.shape[: max(told, default=len(layout.shape) - 1) + 1]
+  inner = math.prod(layout.shape[len(leading) :])
+  mask = mask.reshape(mask.shape[: len(leading)])
+  rows = _choice.positions(mask, leading, -(-layout.length // max(inner, 1)))
+  rest = (1,) * (len(layout.shape) - len(leading))
+  return spread(rows.reshape(-1, *rest), layout.shape)[: layout.length]
+
+
+def spread(row: Any, shape: tuple[int, ...]) -> Any:
+  """Flat positions in the whole leaf, sorted, from those over some of its dimensions."""
+  axis = next((d for d, n in enumerate(row.shape) if n != 1), 0)
+  outer, inner = math.prod(shape[:axis]), math.prod(shape[len(shape) - (row.ndim - axis - 1) :])
+  size = math.prod(shape) // max(outer * inner, 1)
+  runs = jnp.arange(outer, dtype=jnp.int32).reshape(-1, 1, 1) * (size * inner)
+  within = row.reshape(1, -1, 1) * inner
+  return (runs + within + jnp.arange(inner, dtype=jnp.int32).reshape(1, 1, -1)).reshape(-1)
 
 
 def turned(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:

@@ -195,7 +195,10 @@ def unfreeze_schedule(
 
   Runtime: give the schedule itself as `freeze_mask`. The transform counts its updates and changes
   the mask in the graph: one trace for all stages. A leaf that trains equally many elements in every
-  stage has packed state, any other pays in full. Its state holds all it takes to resume.
+  stage has packed state, any other pays in full. Its state holds all it takes to resume: for each
+  stage, 4 bytes for each trainable element of a packed leaf (for each row of one that trains whole
+  rows), the mask itself of any other. To change the mask takes 32 bytes of scratch for each packed
+  element, which XLA sets aside at every step.
 
   Args:
     masks: dict or list of pairs, step -> freeze mask, beginning at step 0; or, at runtime, a

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from . import _choice, _remask
+from . import _remask
 from ._errors import Problem, fail
 from ._freeze import mask_of
 from ._layout import Elements, Index
@@ -122,15 +122,5 @@ def _row(layout: Any, stack: Any, stage: Any) -> Index:
   if not isinstance(layout, Elements):
     return {"frozen": row}
   if row.dtype == jnp.bool_:
-    return {"flat": _choice.positions(row, layout.shape, layout.length)}
-  return {"flat": _spread(row, layout.shape)}
-
-
-def _spread(row: Any, shape: tuple[int, ...]) -> Any:
-  """Flat positions in the whole leaf, sorted, from those over some of its dimensions."""
-  axis = next((d for d, n in enumerate(row.shape) if n != 1), 0)
-  outer, inner = math.prod(shape[:axis]), math.prod(shape[len(shape) - (row.ndim - axis - 1) :])
-  size = math.prod(shape) // max(outer * inner, 1)
-  runs = jnp.arange(outer, dtype=jnp.int32).reshape(-1, 1, 1) * (size * inner)
-  within = row.reshape(1, -1, 1) * inner
-  return (runs + within + jnp.arange(inner, dtype=jnp.int32).reshape(1, 1, -1)).reshape(-1)
+    return {"flat": _remask.searched(row, layout)}
+  return {"flat": _remask.spread(row, layout.shape)}

@@ -325,6 +325,47 @@ def test_the_state_keeps_compact_positions_of_every_stage(name):
     assert np.array_equal(np.flatnonzero(updates), want)
 
 
+@pytest.mark.parametrize("mask_shape", [(4, 1, 1), (4, 5, 1), (5, 1), (3,), (1, 5, 3), (4, 5, 3)])
+@pytest.mark.parametrize("spare", [0, 1, 7])
+def test_a_mask_that_is_data_is_found_whatever_its_structure(mask_shape, spare):
+  """With fewer trainable elements than places, too: the rest points past the end."""
+  rng = np.random.default_rng(0)
+  first, mask = (rng.permutation(np.prod(mask_shape)).reshape(mask_shape) > 1 for _ in range(2))
+  want = np.flatnonzero(~np.broadcast_to(mask, SHAPE))
+  count = len(want) + spare
+  full = np.arange(60).reshape(SHAPE) >= count  # any mask of that many elements, for `init`
+  tx = maskopt.selective_transform(optax.sgd(1.0), freeze_mask=maskopt.runtime(full, count))
+  p = jnp.zeros(SHAPE)
+
+  @jax.jit
+  def step(state, mask):
+    return tx.update(jnp.ones(SHAPE), state, p, freeze_mask=maskopt.runtime(mask, count))
+
+  for m in (first, mask):
+    updates, state = step(tx.init(p), m)
+  assert np.array_equal(np.flatnonzero(updates), want)
+  flat = np.asarray(maskopt.mask_of(state).index[0]["flat"])
+  assert np.array_equal(flat[: len(want)], want) and (np.diff(flat) > 0).all()
+  assert (flat[len(want) :] >= 60).all()
+
+
+def test_a_row_mask_costs_its_rows():
+  """Given with the step, as data: no search through the leaf."""
+  rows, n = 50, 20_000
+  tx = maskopt.selective_transform(
+    optax.sgd(1.0), freeze_mask=maskopt.runtime((np.arange(rows) > 0)[:, None], n)
+  )
+  p = jnp.zeros((rows, n))
+
+  def step(state, p, mask):
+    updates, state = tx.update(p, state, p, freeze_mask=maskopt.runtime(mask, n))
+    return maskopt.apply_updates(p, updates), state
+
+  mask = jnp.asarray((np.arange(rows) > 0)[:, None])
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tx.init(p), p, mask).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 64 * n
+
+
 def test_a_step_sets_no_memory_aside_to_search_a_mask():
   """The turn's scratch grows with what trains, at 64 bytes an element, and not with the leaf."""
   n, count = 1_000_000, 1000
