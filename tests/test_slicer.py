@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import slicer_programs as programs
 
-from maskopt._slicer import ALL, NONE, Region, slice_program
+from maskopt._slicer import ALL, NONE, Region, region, slice_program
+from maskopt._slicer._take import take
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of what these tests do
 
@@ -145,3 +146,38 @@ def test_deep_programs_stay_as_short(wrap: str) -> None:
   whole = jax.make_jaxpr(case.grad)(*case.args)
   sliced = jax.make_jaxpr(lambda *args: slice_program(case.grad, case.demands, *args)[0])
   assert len(sliced(*case.args).eqns) <= 1.1 * len(whole.eqns)
+
+
+CASES: dict[str, Callable[[], programs.Case]] = {
+  "mlp columns": lambda: programs.mlp("raw", "columns"),
+  "mlp rows, checkpoint": lambda: programs.mlp("raw", "rows", "checkpoint"),
+  "mlp scan": lambda: programs.mlp_scan("columns"),
+  "cnn out": lambda: programs.cnn("out"),
+  "cnn in": lambda: programs.cnn("in"),
+  "grouped cnn": lambda: programs.grouped_cnn("grouped"),
+  "lstm": lambda: programs.lstm(),
+  "transformer fused": lambda: programs.transformer("fused"),
+  "transformer heads, checkpoint": lambda: programs.transformer("heads", "checkpoint"),
+  "transformer scan": lambda: programs.transformer_scan("heads"),
+  "embedding rows": lambda: programs.embedding("rows"),
+  "embedding columns": lambda: programs.embedding("columns"),
+  "tied logits": lambda: programs.tied_logits(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_temporary_memory_is_never_above_that_of_slicing_after(name: str) -> None:
+  case = CASES[name]()
+
+  def whole(*args: Any) -> Any:
+    leaves = zip(jax.tree.leaves(case.grad(*args)), case.demands, strict=True)
+    return [[take(g, region(g.shape), r) for r in d] for g, d in leaves if d is not NONE]
+
+  def sliced(*args: Any) -> Any:
+    return [x for x in slice_program(case.grad, case.demands, *args)[0] if x is not None]
+
+  def peak(f: Callable[..., Any]) -> int:
+    compiled = jax.jit(f, compiler_options=QUICK).lower(*case.args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert peak(sliced) <= peak(whole)
