@@ -456,3 +456,10 @@ def test_optimizer_is_built_abstractly_and_copied():
   assert twin.step[...] == 0 and not np.any(twin.opt_state.inner_state[0].mu["second"]["bias"][...])
   twin.update(twin_model, nnx.grad(loss)(twin_model))
   assert same_bits(arrays(model)["second/kernel"], arrays(twin_model)["second/kernel"]).all()
+
+
+def test_model_and_gradients_in_the_wrong_order():
+  model = Net(nnx.Rngs(0))
+  optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), MASK)
+  with pytest.raises(TypeError, match="expected the module, then gradients, got Net second"):
+    optimizer.update(nnx.grad(loss)(model), model)

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import maskopt
+import maskopt.nnx
 from maskopt import _tree
 from maskopt.report import _show
 
@@ -445,3 +446,12 @@ def test_live_statistics_of_frozen_units_are_named(layer):
   model.train()
   maskopt.nnx.freeze_statistics(model, {"dense": True, "norm": True, "head": False})
   assert maskopt.summary(model, mask).live == ()
+
+
+def test_without_a_mask_those_that_modules_carry_are_shown():
+  units = np.array([True, False, False])
+  layer = maskopt.nnx.MaskedLinear(2, 3, kernel_freeze_mask=units, rngs=nnx.Rngs(0))
+  model = nnx.Dict(first=layer, last=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
+  report = maskopt.summary(model)
+  assert report == maskopt.summary(model, maskopt.nnx.freeze_mask(model))
+  assert report.frozen == 2 and "first/kernel is frozen and bias trains: unit 0" in str(report)

@@ -16,9 +16,10 @@ from flax import linen as nn
 from jax import core
 
 from .. import _freeze, _masks, _tree
+from .._carrying import SUFFIX, StaticMask, either
 from .._errors import Problem, fail
 from .._packing import Layouts
-from ..nnx._carried import SUFFIX, StaticMask, contradiction
+from ..nnx._carried import contradiction
 from ._masked import Masked
 
 _WHERE = "maskopt.linen.TrainState.create(freeze_mask=...)"
@@ -53,7 +54,7 @@ def freeze_mask(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any
 
   def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     for path, mask in _carried(context.module):
-      found[path] = _either(found[path], mask) if path in found else mask
+      found[path] = either(found[path], mask) if path in found else mask
     return call(*args, **kwargs)
 
   def init() -> Any:
@@ -71,11 +72,6 @@ def _carried(module: nn.Module) -> Iterator[tuple[str, Any]]:
     if name.endswith(SUFFIX) and mask is not False:
       path = _tree.join("/".join(module.path), name.removesuffix(SUFFIX))
       yield path, mask.array if isinstance(mask, StaticMask) else mask
-
-
-def _either(a: Any, b: Any) -> Any:
-  both = np.logical_or(a, b)
-  return both if both.ndim else bool(both)
 
 
 @dataclasses.dataclass(frozen=True)

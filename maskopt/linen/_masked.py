@@ -9,9 +9,9 @@ from typing import Any
 from flax import linen as nn
 
 from .. import _tree
+from .._carrying import SUFFIX
 from .._errors import Problem, fail
 from ..nnx import _backward, _carried
-from ..nnx._carried import SUFFIX
 
 
 def _call(module: Any, base: type, method: Callable[..., Any], *inputs: Any) -> Any:

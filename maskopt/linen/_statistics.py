@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from .. import _tree
-from ..nnx._carried import StaticMask
+from .._carrying import StaticMask
 from ..nnx._units import Units
 
 _LIBRARY = inspect.unwrap(nn.BatchNorm.__call__)

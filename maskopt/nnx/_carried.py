@@ -1,60 +1,18 @@
-"""Freeze masks that modules carry, and how they agree with one that is given.
-
-A module carries the mask of its parameter `kernel` as the attribute `kernel_freeze_mask`. It stands
-on the module and not in the variable's metadata, which the state of another module overwrites.
-"""
+"""How the freeze masks that modules carry are made, and how they agree with one that is given."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from flax import nnx
 from jax import core
 
-from .. import _masks, _ties, _tree
+from .. import _carrying, _masks, _ties, _tree
+from .._carrying import StaticMask
 from .._errors import Problem, fail
 from .._masks import Changing, LeafMask, Runtime
 from .._packing import Layouts
-
-SUFFIX = "_freeze_mask"
-
-
-@dataclasses.dataclass(frozen=True)
-class StaticMask:
-  """A mask as hashable metadata: nnx would make a NumPy array data, which saves no FLOPs.
-
-  Attributes:
-    shape: of the mask, which broadcasts to its parameter.
-    bits: `np.packbits` of it.
-  """
-
-  shape: tuple[int, ...]
-  bits: bytes
-
-  @classmethod
-  def of(cls, mask: Any) -> StaticMask:
-    array = np.asarray(mask, np.bool_)
-    return cls(array.shape, np.packbits(array).tobytes())
-
-  @property
-  def array(self) -> np.ndarray:
-    return _unpacked(self)
-
-  def __repr__(self) -> str:
-    return f"StaticMask(freezes {np.count_nonzero(self.array)} of {self.array.size}, {self.shape})"
-
-
-@functools.lru_cache(maxsize=256)
-def _unpacked(mask: StaticMask) -> np.ndarray:
-  size = int(np.prod(mask.shape, dtype=np.int64))
-  array = np.unpackbits(np.frombuffer(mask.bits, np.uint8), count=size).astype(np.bool_)
-  array = array.reshape(mask.shape)
-  array.flags.writeable = False  # it is shared by all who ask
-  return array
 
 
 def hashable(freeze_mask: Any) -> Any:
@@ -86,16 +44,6 @@ def _kind(value: Any) -> str:
   return f"{type(value).__name__} {value!r}"[:60]
 
 
-def carried(module: Any) -> Iterator[tuple[str, Any, LeafMask]]:
-  """(attribute, variable, mask) of every parameter of this very module whose mask it carries."""
-  for name, mask in vars(module).items():
-    if name.endswith(SUFFIX) and isinstance(mask, (bool, StaticMask)):
-      attribute = name.removesuffix(SUFFIX)
-      variable = vars(module).get(attribute)
-      if isinstance(variable, nnx.Variable):
-        yield attribute, variable, mask if isinstance(mask, bool) else mask.array
-
-
 def freeze_mask(model: nnx.Module) -> dict[str, Any]:
   """Collect the freeze masks that the modules of a network carry.
 
@@ -118,7 +66,7 @@ def freeze_mask(model: nnx.Module) -> dict[str, Any]:
   """
   need_module(model, "maskopt.nnx.freeze_mask(model)")
   paths = _tree.flatten(nnx.state(model, nnx.Param)).paths
-  masks = _by_path(model)
+  masks = _carrying.by_path(model)
   return _tree.nested(paths, [masks.get(path, False) for path in paths]) if paths else {}
 
 
@@ -126,23 +74,6 @@ def need_module(model: Any, where: str) -> None:
   if not isinstance(model, nnx.Module):
     problem = Problem("", "an nnx module", type(model).__name__, TypeError)
     fail(where, [problem], "Merge a graphdef and its state with nnx.merge first.")
-
-
-def _by_path(model: Any) -> dict[str, Any]:
-  """The masks carried anywhere in the model, by the path its state has for the variable."""
-  names = _ties.names(model)
-  found: dict[str, Any] = {}
-  for _, module in nnx.iter_graph(model):
-    if isinstance(module, nnx.Module):
-      for _, variable, mask in carried(module):
-        path = names[id(variable)]
-        found[path] = _either(found[path], mask) if path in found else mask
-  return found
-
-
-def _either(a: Any, b: Any) -> Any:
-  both = np.logical_or(a, b)
-  return both if both.ndim else bool(both)
 
 
 def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
@@ -160,7 +91,7 @@ def agreed(model: Any, params: Any, given: Any, wrt: Any, where: str) -> Any:
   if isinstance(given, Layouts):
     return nnx.as_pure(given)
   flat = _tree.flatten(params)
-  own = _by_path(model)
+  own = _carrying.by_path(model)
   if given is None:
     return _tree.nested(flat.paths, [own.get(path, False) for path in flat.paths])
   now = _ties.renamed(_masks.evaluate(given, params), model, flat.paths, where)

@@ -7,10 +7,10 @@ from typing import Any
 
 from flax import nnx
 
-from .. import _tree
+from .. import _carrying, _tree
+from .._carrying import SUFFIX, StaticMask
 from .._errors import Problem, fail
 from . import _backward, _carried
-from ._carried import SUFFIX, StaticMask
 
 
 class Masked(nnx.Module):
@@ -41,7 +41,7 @@ class Masked(nnx.Module):
 
   def _call(self, method: Callable[..., Any], *inputs: Any, **static: Any) -> Any:
     """Run a method of Flax's layer; of the parameters' gradients only trainable blocks."""
-    own = {name: mask for name, _, mask in _carried.carried(self)}
+    own = {name: mask for name, _, mask in _carrying.carried(self)}
     graphdef, state, rest = nnx.split(self, nnx.Param, ...)
     flat = _tree.flatten(state)
     names, treedef = flat.paths, flat.treedef

@@ -17,6 +17,7 @@ from . import _carried
 M = TypeVar("M", bound=nnx.Module)
 
 _WHERE = "maskopt.nnx.Optimizer(freeze_mask=...)"
+_UPDATE = "maskopt.nnx.Optimizer.update(model, grads)"
 # What a packed value does not inherit of its parameter: these name dimensions it may not have.
 _SHARDING = ("out_sharding", "optimizer_sharding", "sharding_names", "sharding")
 
@@ -130,7 +131,13 @@ class Optimizer(nnx.Optimizer[M]):
       The updates as `tx` gave them, -0.0 where frozen.
     Raises:
       ValueError: there are no gradients for some of the parameters; names the paths and the kinds.
+      TypeError: model and gradients are in the wrong order.
     """
+    if isinstance(grads, nnx.Module) and not isinstance(model, nnx.Module):
+      problem = Problem(
+        "", "the module, then gradients", type(grads).__name__ + " second", TypeError
+      )
+      fail(_UPDATE, [problem], "Call optimizer.update(model, grads).")
     params = nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
     chosen = _values(nnx.state(grads, self.wrt, graph=self.graph))
     self._check(params, chosen, grads)
@@ -163,7 +170,7 @@ class Optimizer(nnx.Optimizer[M]):
       if p not in set(wanted)
     ]
     remedy = "Differentiate with the optimizer's filter: argnums=nnx.DiffState(0, wrt)."
-    fail("maskopt.nnx.Optimizer.update(model, grads)", problems, remedy)
+    fail(_UPDATE, problems, remedy)
 
 
 def _values(grads: Any) -> Any:

@@ -17,9 +17,9 @@ from flax import nnx
 from jax import core
 
 from .. import _masks
+from .._carrying import StaticMask
 from .._packing import Layouts
 from . import _carried
-from ._carried import StaticMask
 from ._units import Units
 
 _WHERE = "maskopt.nnx.freeze_statistics(freeze_mask=...)"

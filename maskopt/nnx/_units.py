@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from .. import _masks, _tree
+from .._carrying import StaticMask
 from .._errors import Problem, fail
 from .._masks import LeafMask, Runtime
-from ._carried import StaticMask
 
 
 class Units:

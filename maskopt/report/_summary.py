@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from .. import _masks, _ties, _tree
+from .. import _carrying, _masks, _ties, _tree
 from .._errors import show
 from .._layout import Index, Layout
 from .._masks import FreezeMask
@@ -183,7 +184,7 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
   Args:
     params: a tree of arrays or of `jax.ShapeDtypeStruct`, linen's variables, or a module.
     freeze_mask: any freeze mask over them, or `maskopt.mask_of(state)`; without one every float
-      trains.
+      trains but what nnx modules freeze by masks of their own.
   Returns:
     A `Summary` that prints itself; `.rows`, `.slips` and the totals are there as data.
   Raises:
@@ -215,7 +216,9 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
   if freeze_mask is None:
     # Without a mask nothing can be wrong with it: shared arrays and integers are only shown.
     params = flat.unflatten([_parts.spec(x) for x in flat.leaves])
-    freeze_mask = flat.unflatten([_without_mask(x) for x in flat.leaves])
+    own = _carrying.by_path(source) if isinstance(source, nnx.Module) else {}
+    masks = [own.get(p, _without_mask(x)) for p, x in zip(flat.paths, flat.leaves, strict=True)]
+    freeze_mask = flat.unflatten(masks)
   layouts = _elements.analysed(freeze_mask, params, where)
   items = [
     (path, layout, index, leaf)
