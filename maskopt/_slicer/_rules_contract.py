@@ -157,11 +157,11 @@ def _crop(
   for d, pads, gap in zip(spatial, padding, p["lhs_dilation"], strict=True):
     cut = [-(min(n, 0) // gap) for n in pads]
     if any(cut):
-      n = shape_of(v)[d]
-      read[d] = range(cut[0], n - cut[1])
-      pads[:] = [a + k * gap for a, k in zip(pads, cut, strict=True)]
-      if not len(read[d]):  # pyright: ignore
+      kept = range(cut[0], shape_of(v)[d] - cut[1])
+      if not kept:
         return None
+      read[d] = kept
+      pads[:] = [a + k * gap for a, k in zip(pads, cut, strict=True)]
   return {"padding": tuple(map(tuple, padding))}
 
 
