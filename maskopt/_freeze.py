@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from . import _journal, _layout, _masters, _packing, _provenance, _remask, _tree
+from . import _bits, _journal, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
@@ -364,7 +364,7 @@ def _applied(p: Any, u: Any, path: str) -> Any:
   _journal.write(lambda: [_journal.Applied(path, record is not None)])
   if record is not None:
     return applied(p, record)
-  return _layout.added(jnp.asarray(p), jnp.asarray(_journal.marked(u, path)))
+  return _bits.added(jnp.asarray(p), jnp.asarray(_journal.marked(u, path)))
 
 
 def mask_of(state: Any) -> Layouts:

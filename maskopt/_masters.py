@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _layout, _tree
+from . import _bits, _tree
 
 
 def _map(fun: Any, *trees: Any) -> Any:
@@ -40,7 +40,7 @@ def follow(masters: Any, values: Any) -> Any:
   def followed(m: Any, v: Any) -> Any:
     if _tree.is_hole(m):
       return m
-    same = _layout.bits(m.astype(v.dtype)) == _layout.bits(v)
+    same = _bits.bits(m.astype(v.dtype)) == _bits.bits(v)
     return jnp.where(same, m, v.astype(m.dtype))
 
   return None if masters is None else _map(followed, masters, values)
@@ -77,7 +77,7 @@ def step(masters: Any, updates: Any, values: Any) -> tuple[Any, Any]:
     return None, _map(lambda u: None, updates)
 
   def moved(m: Any, u: Any) -> Any:
-    return m if _tree.is_hole(m) or _tree.is_hole(u) else _layout.added(m, u)
+    return m if _tree.is_hole(m) or _tree.is_hole(u) else _bits.added(m, u)
 
   def target(m: Any, v: Any) -> Any:
     if _tree.is_hole(m):

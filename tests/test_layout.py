@@ -8,7 +8,7 @@ import reference
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from maskopt import _choice, _layout, _masks
+from maskopt import _bits, _choice, _masks
 
 SHAPES = ((7,), (4, 6), (3, 1, 4), (2, 3, 2, 2))
 
@@ -105,9 +105,34 @@ def test_take_and_put_are_linear(kind):
 
 def test_added_is_addition_and_its_derivative():
   p, u = jnp.array([1.0, -0.0, 2.0]), jnp.array([0.5, 0.0, -1.0])
-  np.testing.assert_array_equal(_layout.added(p, u), [1.5, -0.0, 1.0])
-  dp, du = jax.grad(lambda p, u: _layout.added(p, u).sum(), argnums=(0, 1))(p, u)
+  np.testing.assert_array_equal(_bits.added(p, u), [1.5, -0.0, 1.0])
+  dp, du = jax.grad(lambda p, u: _bits.added(p, u).sum(), argnums=(0, 1))(p, u)
   assert dp.tolist() == du.tolist() == [1, 1, 1]
+
+
+def test_many_values_are_added_in_one_pass_that_keeps_two_arrays():
+  """Values that the program computes, zeros among them: what they are made of is not kept too."""
+  shape = (2048, 1024)
+  frozen = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % 2 == 0
+  layout, index = layout_of(frozen)
+  assert layout.kind == "Elements" and layout.count == 2**20
+  rng = np.random.default_rng(0)
+  adds = ~frozen & (rng.random(shape) < 0.7)
+  x = rng.integers(0, 2**32, shape, np.uint32)  # any bits at all where nothing is added
+  x[adds] = rng.standard_normal(adds.sum(), np.float32).view(np.uint32)
+  x = x.view(np.float32)
+  values = np.where(adds, rng.standard_normal(shape, np.float32), np.float32(0))[~frozen]
+
+  def step(x, values, index):
+    return layout.add(-0.5 * (values / (1 + jnp.sqrt(values * values))), x, index)
+
+  run = jax.jit(step, donate_argnums=0).lower(x, values, index).compile()
+  after = np.asarray(run(jnp.asarray(x), jnp.asarray(values), index))
+  assert reference.same_bits(after[~adds], x[~adds])
+  moved = values[adds[~frozen]]
+  expected = x[adds] - 0.5 * (moved / (1 + np.abs(moved)))
+  np.testing.assert_allclose(after[adds], expected, rtol=1e-5, atol=1e-6)
+  assert run.memory_analysis().temp_size_in_bytes < 2.1 * values.nbytes
 
 
 @pytest.mark.parametrize("name", [*reference.REAL, "float8_e4m3fn", "float8_e5m2"])
@@ -118,8 +143,8 @@ def test_bits_and_back(name):
   patterns = (patterns << (8 * (dtype.itemsize - 1))) | patterns  # every sign and exponent
   with jax.enable_x64(name == "float64"):
     x = jnp.asarray(patterns.astype(uint).view(dtype))
-    assert reference.same_bits(_layout.from_bits(_layout.bits(x), x.dtype), x)
-    assert _layout.bits(x).tolist() == patterns.astype(uint).tolist()
+    assert reference.same_bits(_bits.from_bits(_bits.bits(x), x.dtype), x)
+    assert _bits.bits(x).tolist() == patterns.astype(uint).tolist()
 
 
 def test_layouts_are_equal_exactly_if_they_store_the_same():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import _indexing, _layout
+from .. import _bits, _indexing
 from .._complaints import Complaint, listing
 from .._errors import Problem, describe, fail
 from . import _carried
@@ -47,8 +47,8 @@ def assign(module: nnx.Module, name: str, where: Any, values: Any) -> None:
   chosen = _chosen(where, old.shape, name)
   new = _values(values, old[chosen].shape, old.dtype, name)
   # On integer views: XLA:CPU would quiet a bfloat16 NaN beside what is written.
-  moved = _layout.bits(old).at[chosen].set(_layout.bits(new))
-  variable.set_value(_layout.from_bits(moved, old.dtype))
+  moved = _bits.bits(old).at[chosen].set(_bits.bits(new))
+  variable.set_value(_bits.from_bits(moved, old.dtype))
 
 
 def _variable(module: Any, name: str) -> nnx.Variable:

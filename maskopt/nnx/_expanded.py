@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import _layout
+from .. import _bits
 from .._errors import Problem, fail
 from ._masked import MaskedConv, MaskedLinear
 
@@ -112,6 +112,6 @@ def _keep_old(new: Any, old: Any) -> None:
     if box is not None:
       value, first = box.get_value(), source.get_value()
       # Integer views, so that even a NaN keeps its payload.
-      parts = [_layout.bits(first), _layout.bits(value[..., old.out_features :])]
-      box.set_value(_layout.from_bits(jnp.concatenate(parts, axis=-1), value.dtype))
+      parts = [_bits.bits(first), _bits.bits(value[..., old.out_features :])]
+      box.set_value(_bits.from_bits(jnp.concatenate(parts, axis=-1), value.dtype))
       setattr(new, f"{name}_freeze_mask", frozen)
