@@ -254,3 +254,76 @@ def test_pack_and_unpack_move_bits(dtype, layout):
   after = maskopt.unpack(values, base, mask)
   assert reference.moved(other["w"], after["w"], frozen) == []
   assert reference.moved(params["w"], after["w"], ~frozen) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unpack_gives_the_dtypes_of_the_base(layout):
+  frozen, mask, _ = LAYOUTS[layout]
+  params = {"w": reference.normal(np.random.default_rng(1), SHAPE, np.float32)}
+  base = {"w": jnp.ones(SHAPE, jnp.float16)}
+  values = maskopt.pack(jax.tree.map(jnp.asarray, params), {"w": mask})
+  after = maskopt.unpack(values, base, {"w": mask})["w"]
+  want = np.where(frozen, np.float16(1), params["w"].astype(np.float16))
+  assert reference.same_bits(after, want)
+  whole = maskopt.unpack({"w": jnp.ones(SHAPE)}, base, False)["w"]
+  assert whole.dtype == jnp.float16
+
+
+# Trainable elements whose update is zero.
+
+
+@pytest.mark.parametrize("kind", ["Elements", "columns"])
+def test_zero_updates_of_many_elements_keep_every_bit(kind):
+  """From a million elements on they are added by one scatter, which must leave these out."""
+  special = reference.special(np.float32)
+  shape = (2**20 + 2**10, 2)
+  mask = np.zeros(shape, bool)
+  mask[:, 1] = True
+  if kind == "Elements":
+    mask[0] = False, False
+    mask[5:, 0] ^= np.arange(shape[0] - 5) % 2**12 == 0
+  w = np.ones(shape, np.float32)
+  w[~mask] = np.resize(special, (~mask).sum())
+  steps = (np.arange(w.size) % 31 == 0).reshape(shape)  # coprime to the special values
+  tx = maskopt.selective_transform(optax.sgd(1.0), freeze_mask=mask, prefer="memory")
+  state = tx.init(jnp.asarray(w))
+  (layout,) = [layout for _, layout in maskopt.mask_of(state).items()]
+  assert layout.kind == {"Elements": "Elements", "columns": "Block"}[kind]
+  assert layout.count >= 2**20
+
+  @jax.jit
+  def step(p, s, g):
+    return maskopt.apply_updates(p, tx.update(g, s, p)[0])
+
+  after = step(jnp.asarray(w), state, jnp.asarray(steps, jnp.float32))
+  assert reference.moved(w, after, mask | ~steps) == []
+  moved = (steps & ~mask) & np.isfinite(w) & (np.abs(w) < 1e30)
+  assert (np.asarray(after)[moved] == np.where(np.abs(w[moved]) < 1, -1, w[moved] - 1)).all()
+
+
+@pytest.mark.parametrize("apply", [maskopt.apply_updates, optax.apply_updates])
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+def test_zero_updates_of_masters_keep_bits(narrow, apply):
+  """A master moves as a parameter does: by zero, not at all."""
+  special = reference.special(reference.REAL[narrow])
+  wide = special.astype(np.float32)  # an infinity has no difference to itself
+  special = special[np.isfinite(wide) & (apply is maskopt.apply_updates or np.abs(wide) > 1)]
+  p = jnp.asarray(np.concatenate([special, np.ones(2, special.dtype)]))
+  mask = np.arange(p.size) == p.size - 1
+  with jax.numpy_dtype_promotion("standard"):
+    tx = maskopt.selective_transform(
+      optax.sgd(1.0), freeze_mask=mask, prefer="memory", master_dtype=jnp.float32
+    )
+    for call in (lambda f: f, jax.jit):
+      state, after = tx.init(p), p
+      for _ in range(2):
+        updates, state = call(tx.update)(jnp.zeros_like(p), state, after)
+        after = apply(after, updates)
+      assert reference.moved(p, after, True) == []
+
+      @call
+      def step(p, s):
+        updates, s = tx.update(jnp.zeros_like(p), s, p)
+        return apply(p, updates), s
+
+      assert reference.moved(p, step(p, tx.init(p))[0], True) == []

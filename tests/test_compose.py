@@ -504,6 +504,20 @@ def test_extra_arguments_are_packed_and_functions_see_full_parameters():
   assert seen["grad"]["w"] == (2, 1) and isinstance(seen["grad"]["b"], optax.MaskedNode)
 
 
+def test_a_lone_scalar_is_a_loss_and_no_parameter():
+  """Beside one frozen scalar as the whole tree, whose packed value would be nothing."""
+  seen = []
+
+  def update(updates, state, params=None, *, value, **extra):
+    seen.append(value)
+    return updates, state
+
+  tx = selective(optax.GradientTransformationExtraArgs(lambda p: (), update), True)
+  p = jnp.array(1.0)
+  tx.update(p, tx.init(p), p, value=jnp.array(3.0))
+  assert seen[-1] == 3.0
+
+
 # Packed gradients, and trainers that are not ours.
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 
 import maskopt
+from maskopt import _packing
 
 W = {"w": jnp.arange(1.0, 7.0).reshape(2, 3)}
 UNITS = np.array([True, False, False])
@@ -220,11 +221,29 @@ def test_other_bad_arguments():
   tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=True, master_dtype=jnp.float32)
   with pytest.raises(ValueError, match=r"expected the parameters as update's third argument.*Call"):
     tx.update(W, tx.init(W))
+  tx = maskopt.selective_transform(
+    optax.sgd(0.1), freeze_mask={"w": maskopt.runtime(UNITS)}, prefer="memory"
+  )
+  with pytest.raises(ValueError, match=r"third argument .*freeze_mask= read.*, got None.*Call tx"):
+    tx.update(W, tx.init(W), freeze_mask={"w": maskopt.runtime(~UNITS)})
   with pytest.raises(ValueError, match=r"mask_of\(state\)`: .*one freeze mask, got one with 0"):
     maskopt.mask_of(optax.adam(0.1).init(W))
   two = optax.chain(maskopt.masked_freeze({"w": UNITS}), maskopt.masked_freeze({"w": ~UNITS}))
   with pytest.raises(ValueError, match=r"one freeze mask, got one with 2.*state of one maskopt"):
     maskopt.mask_of(two.init(W))
+
+
+def test_a_mask_is_analysed_once(monkeypatch):
+  analyses, analyse = [], _packing.layouts_of
+  monkeypatch.setattr(
+    _packing, "layouts_of", lambda *args, **kwargs: analyses.append(1) or analyse(*args, **kwargs)
+  )
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask={"w": UNITS})
+  state = tx.init(W)
+  assert len(analyses) == 1
+  for _ in range(3):
+    _, state = tx.update(W, state, W)
+  assert len(analyses) == 1
 
 
 def test_mask_of_finds_the_mask_anywhere():
