@@ -49,7 +49,8 @@ class ScheduledState(NamedTuple):
   @property
   def stage(self) -> Any:
     """The stage of the coming update."""
-    step = self.count % self.boundaries[-1]
+    # rem and not %: counts are not negative, and each kernel before the step is felt.
+    step = lax.rem(self.count, self.boundaries[-1])
     return jnp.sum(step >= self.boundaries[:-1], dtype=jnp.int32)
 
   def turn(self) -> Turn:
