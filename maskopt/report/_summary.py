@@ -32,7 +32,7 @@ class Row(NamedTuple):
     dtype: its name.
     parameters: number of elements.
     frozen: how many of them are frozen.
-    layout: "Frozen", "Full", "Block", "Elements" or "Dense".
+    layout: "Frozen", "Full", "Block", "Elements", "Dense" or "Joint" (of several optimizers).
     optimizer_bytes: two copies of the packed values and the layout's index arrays.
     dense_bytes: two copies of the leaf, as Adam without a mask would keep; 0 for integers.
   """
