@@ -53,7 +53,9 @@ def state(init: Callable[[Any], Any], params: Any) -> Any:
   try:
     # A function of its own, for JAX remembers traces and what init reads may have changed.
     closed, shaped = jax.make_jaxpr(lambda p: init(p), return_shape=True)(params)
-  except Exception:  # whatever is wrong without tracing too, `init` itself says better
+  except Exception:  # whatever is wrong without tracing too, `init` itself says better, and alone
+    closed = shaped = None
+  if closed is None:
     return init(params)
   values = dict(zip(closed.jaxpr.invars, jax.tree.leaves(params), strict=True))
   values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
