@@ -5,6 +5,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+  """Tables fit the terminal, and a runner may say that it has a narrow one."""
+  monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture(autouse=True)
 def _as_a_user(request):
   if not isinstance(request.node, pytest.DoctestItem):
     yield
