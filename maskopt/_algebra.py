@@ -27,6 +27,7 @@ def union(a: FreezeMask, b: FreezeMask) -> FreezeMask:
     row masks make a row mask); a runtime leaf makes a runtime leaf without a count.
   Raises:
     ValueError: the masks name different parameters, or leaves that do not broadcast together.
+    TypeError: a leaf is not boolean; lists every one.
   Example:
     >>> import numpy as np, maskopt
     >>> maskopt.union({"w": np.array([True, False])}, {"w": False})
@@ -47,6 +48,7 @@ def intersection(a: FreezeMask, b: FreezeMask) -> FreezeMask:
     A freeze mask in the containers of the finer one; see `union`.
   Raises:
     ValueError: the masks name different parameters, or leaves that do not broadcast together.
+    TypeError: a leaf is not boolean; lists every one.
   Example:
     >>> import numpy as np, maskopt
     >>> maskopt.intersection({"w": np.array([True, False])}, True)
@@ -64,6 +66,8 @@ def invert(a: FreezeMask) -> FreezeMask:
     a: a freeze mask, or a function of the parameters that returns one.
   Returns:
     A freeze mask of the same structure and the same leaf shapes; a runtime leaf loses its count.
+  Raises:
+    TypeError: a leaf is not boolean; lists every one.
   Example:
     >>> import maskopt
     >>> maskopt.invert({"bias": False, "kernel": True})
@@ -71,12 +75,26 @@ def invert(a: FreezeMask) -> FreezeMask:
   """
   if is_function(a):
     return functools.partial(_inverted_later, a)
-  flat = flatten(a)
+  flat = _bools(a, "maskopt.invert(a)")
   return flat.unflatten([_not(x) for x in flat.leaves])
 
 
 def _inverted_later(a: Callable[..., Any], params: Any) -> Any:
   return invert(a(params))
+
+
+def _bools(mask: Any, where: str) -> _tree.Flat:
+  """The mask, all of whose leaves are bools, boolean arrays or runtime masks."""
+  flat = flatten(mask)
+  problems = [
+    Problem(path, "a bool or a boolean array", describe(x), TypeError)
+    for path, x in zip(flat.paths, flat.leaves, strict=True)
+    if not (x is None or is_bool(x) or isinstance(x, Runtime))
+    and getattr(x, "dtype", None) != np.bool_
+  ]
+  if problems:
+    fail(where, problems, "Write True where frozen; an array of numbers becomes one by x != 0.")
+  return flat
 
 
 def _not(x: Any) -> Any:
@@ -112,14 +130,15 @@ def _combined_later(op: Callable, name: str, a: Any, b: Any, params: Any) -> Any
 def _combined(op: Callable, name: str, a: Any, b: Any) -> Any:
   if is_function(a) or is_function(b):
     return functools.partial(_combined_later, op, name, a, b)
-  flat_a, flat_b = flatten(a), flatten(b)
+  where = f"maskopt.{name}(a, b)"
+  flat_a, flat_b = _bools(a, where), _bools(b, where)
   by_a, by_b = (dict(zip(f.paths, f.leaves, strict=True)) for f in (flat_a, flat_b))
   inner = _subtrees(flat_a.paths) | _subtrees(flat_b.paths)
   paths = [p for p in dict.fromkeys(flat_a.paths + flat_b.paths) if p not in inner]
   problems: list[Problem] = []
   leaves = {p: _combined_leaf(op, p, by_a, by_b, problems) for p in paths}
   if problems:
-    fail(f"maskopt.{name}(a, b)", problems, "Give both masks over the same parameters.")
+    fail(where, problems, "Give both masks over the same parameters.")
   for flat in (flat_a, flat_b):
     if set(flat.paths) == set(leaves):
       return flat.unflatten([leaves[p] for p in flat.paths])

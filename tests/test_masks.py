@@ -251,6 +251,17 @@ def test_algebra_accepts_prefixes_functions_and_runtime():
   assert maskopt.union({"w": None}, {"w": None}) == {"w": None}
 
 
+@pytest.mark.parametrize("wrong", [1, 1.0, "False", np.ones((2, 3)), jnp.ones(3, jnp.int32)])
+def test_algebra_refuses_what_is_no_mask(wrong):
+  mask = {"b": True, "w": wrong}
+  with pytest.raises(TypeError, match=r"maskopt.invert\(a\).*at w, expected a bool or a boolean"):
+    maskopt.invert(mask)
+  for op in (maskopt.union, maskopt.intersection):
+    for pair in ((mask, {"b": True, "w": True}), (True, mask)):
+      with pytest.raises(TypeError, match="at w, expected a bool or a boolean array, got"):
+        op(*pair)
+
+
 def test_algebra_names_the_masks_that_do_not_fit():
   with pytest.raises(
     ValueError, match=r"`maskopt.union\(a, b\)`: at w, .*in both.*; at v, .*only one"
