@@ -101,7 +101,8 @@ def _scan(eqn: Equation, outs: list[bool]) -> tuple[int, list[bool]]:
   wanted = list(outs)
   while True:
     flops, reads = _live(jaxpr, wanted)
-    grown = [w or r for w, r in zip(wanted, reads[first:split])] + wanted[n_carry:]  # noqa: B905
+    grown = [w or r for w, r in zip(wanted, reads[first:split], strict=False)]
+    grown += wanted[n_carry:]
     if grown == wanted:
       return eqn.params["length"] * flops, reads[:first] + wanted[:n_carry] + reads[split:]
     wanted = grown
