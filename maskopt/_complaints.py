@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from ._errors import Problem, fail
 
 
@@ -30,6 +34,19 @@ class Complaints:
     """Raise one error for all faults, each remedy said once; return if there are none."""
     if self._problems:
       fail(where, self._problems, " ".join(self._remedies))
+
+
+def check_takes(function: Callable[..., Any], names: Sequence[str], remedy: str) -> None:
+  """Raise a `Complaint` unless the function can be called with so many arguments."""
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):
+    return  # built in: it will say so itself
+  try:
+    signature.bind(*names)
+  except TypeError:
+    expected = f"a function of ({', '.join(names)})"
+    raise Complaint(expected, f"one of {signature}", remedy, TypeError) from None
 
 
 def listing(names: list[str], most: int = 12) -> str:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from . import _traced
 from ._complaints import Complaint
-from ._errors import Problem, describe, fail
+from ._errors import describe
 
 FITS = "Name fewer parameters with the pattern, or use a value that fits them all."
 _INDEX = "Write what np.s_ gives, e.g. np.s_[:, :3] or np.s_[[0, -1]]."
+_PARTS = "an index of ints, slices and lists of ints"
+_POSITIONS = "an int, ints, a slice or a bool array"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Positions:
     return np.asarray(self.idx, np.int64) % max(n, 1)
 
 
-def positions(idx: Any, where: str) -> Positions:
-  """Read what a caller wrote; raises at once if it can be no positions of any axis."""
+def positions(idx: Any) -> Positions:
+  """Read what a caller wrote; raises `Complaint` if it can be no positions of any axis."""
+  _traced.refuse(idx, _POSITIONS)
   if isinstance(idx, slice):
     return Positions(idx)
   array = np.asarray(idx)
   if array.dtype == np.bool_ and array.ndim == 1:
     return Positions(tuple(np.flatnonzero(array).tolist()), array.size)
   if array.size and (not np.issubdtype(array.dtype, np.integer) or array.ndim > 1):
-    problem = Problem("idx", "an int, ints, a slice or a bool array", describe(array), TypeError)
-    fail(where, [problem], "Count units from 0; negative ones count from the end.")
+    remedy = "Count units from 0; negative ones count from the end."
+    raise Complaint(_POSITIONS, describe(array), remedy, TypeError)
   return Positions(tuple(int(k) for k in array.reshape(-1)))
 
 
@@ -69,20 +73,18 @@ def indexed(index: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
   for axis, (part, n) in enumerate(zip(index, shape, strict=True)):
     if isinstance(part, slice) and part == slice(None):
       continue
-    where = "maskopt.build_mask(rules=...)"
-    keep = chosen(positions(part, where).within(n, f"indices of axis {axis}"), n)
+    keep = chosen(positions(part).within(n, f"indices of axis {axis}"), n)
     mask = mask & keep.reshape([n if k == axis else 1 for k in range(len(shape))])
   return mask
 
 
 def _every_axis(index: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
   """The index with one part for each axis."""
+  _traced.refuse(index, _PARTS)
   dots = [k for k, part in enumerate(index) if part is ...]
   for part in index:
     if not _is_index(part):
-      raise Complaint(
-        "an index of ints, slices and lists of ints", describe(part), _INDEX, TypeError
-      )
+      raise Complaint(_PARTS, describe(part), _INDEX, TypeError)
   given = len(index) - len(dots)
   if len(dots) > 1 or given > len(shape):
     got = f"one of {given} axes" if len(dots) < 2 else "two ellipses"

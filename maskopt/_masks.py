@@ -19,17 +19,13 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from . import _tree
+from . import _traced, _tree
 from ._errors import Problem, describe, fail, show
+from ._traced import Traced
 
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
-_TRACED = "a traced bool"
-_CLOSE_OVER = (
-  "What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or give "
-  "arrays of the parameter's shape."
-)
 _REMEDIES = {
   "a freeze mask": _BUILD,
   "a multiplier": "Build the tree with maskopt.build_multipliers.",
@@ -167,7 +163,7 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     return None
   size = int(np.prod(shape, dtype=np.int64))
   if isinstance(array, Tracer) and array.ndim == 0 and (size > 1 or not own):
-    problems.append(Problem(path, f"bool broadcastable to {shape}", _TRACED))
+    problems.append(Traced(path, f"bool broadcastable to {shape}", _traced.told(array)))
     return None
   if not own:
     problems.append(Problem(path, "a bool, for the mask is given to a subtree", describe(array)))
@@ -204,8 +200,8 @@ def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Proble
 
 def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
   build = _REMEDIES[what]
-  if all(p.got == _TRACED for p in problems):
-    return _CLOSE_OVER
+  if all(isinstance(p, Traced) for p in problems):
+    return _traced.REMEDY
   if all(p.expected in ("a parameter", what) for p in problems):
     shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
     return f"The parameters are {shown}. {build}"
@@ -252,30 +248,49 @@ def runtime(freeze_mask: chex.ArrayTree, count: Any = None) -> chex.ArrayTree:
   Returns:
     The same tree with runtime leaves, to be given as `freeze_mask`.
   Raises:
-    ValueError: a mask at hand trains another number of elements than `count`.
+    ValueError: `count` names another leaf than the mask. Whether it is the number of elements that
+      train is seen where the mask meets its parameters.
+    TypeError: a mask is not boolean, a count no int, or traced; lists every one.
   Example:
     >>> import jax.numpy as jnp, maskopt
     >>> maskopt.runtime(jnp.array([True, False, True]), count=1).count
     1
   """
   flat = flatten(freeze_mask)
-  counts = (
-    [count] * len(flat.leaves)
-    if np.ndim(count) == 0 and not isinstance(count, dict)
-    else (jax.tree.leaves(count))
-  )
-  leaves = [
-    _runtime_leaf(path, mask, k)
-    for path, mask, k in zip(flat.paths, flat.leaves, counts, strict=True)
+  problems = [
+    Problem(path, "a bool array", describe(x), TypeError)
+    for path, x in zip(flat.paths, flat.leaves, strict=True)
+    if not (x is None or is_bool(x) or isinstance(x, Runtime))
+    and getattr(x, "dtype", None) != np.bool_
   ]
-  return flat.unflatten(leaves)
+  if problems:
+    fail("maskopt.runtime(freeze_mask=...)", problems, _BUILD)
+  counts = _counts(flat.paths, count)
+  return flat.unflatten([_runtime_leaf(x, k) for x, k in zip(flat.leaves, counts, strict=True)])
 
 
-def _runtime_leaf(path: str, mask: Any, count: int | None) -> Any:
+def _counts(paths: tuple[str, ...], count: Any) -> list[int | None]:
+  """The count of each leaf, from one for all or from a tree of them."""
+  if count is None or jax.tree_util.all_leaves([count]):
+    found = dict.fromkeys(paths, count)
+  else:
+    tree = _tree.flatten(count)
+    found = dict(zip(tree.paths, tree.leaves, strict=True))
+  problems = [Problem(p, "a count", "none") for p in paths if p not in found]
+  problems += [Problem(p, "a mask", "a count alone") for p in found if p not in paths]
+  for path, k in found.items():
+    if _traced.is_traced(k):
+      problems.append(Traced(path, "an int", _traced.told(k), TypeError))
+    elif k is not None and (is_bool(k) or not isinstance(k, (int, np.integer))):
+      problems.append(Problem(path, "an int", describe(k), TypeError))
+  if problems:
+    traced = all(isinstance(p, Traced) for p in problems)
+    remedy = "Give the number of trainable elements, one for all leaves or a tree like the mask."
+    fail("maskopt.runtime(count=...)", problems, _traced.REMEDY if traced else remedy)
+  return [found[p] for p in paths]
+
+
+def _runtime_leaf(mask: Any, count: int | None) -> Any:
   if mask is None or is_bool(mask):
     return mask
-  array = jnp.asarray(mask.mask if isinstance(mask, Runtime) else mask)
-  if array.dtype != jnp.bool_:
-    problem = Problem(path, "a bool array", describe(array), TypeError)
-    fail("maskopt.runtime(freeze_mask=...)", [problem], _BUILD)
-  return Runtime(array, count)
+  return Runtime(jnp.asarray(mask.mask if isinstance(mask, Runtime) else mask), count)

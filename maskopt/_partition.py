@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import core
 
-from . import _joint, _masks, _provenance, _tree
+from . import _joint, _masks, _provenance, _traced, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._freeze import SelectiveState, selective_transform
@@ -19,6 +18,7 @@ from ._layout import Frozen, Full, Index, Layout
 from ._packed import Packed, dense, is_packed
 from ._packing import Layouts
 from ._provenance import Record
+from ._traced import Traced
 
 Label = str | int
 
@@ -153,6 +153,13 @@ def _others(labels: Any, label: Label) -> Any:
   if _masks.is_function(labels):
     return lambda params: _others(labels(params), label)
   flat = _tree.flatten(labels)
+  problems = [
+    Traced(path, "a label, or an array of labels", _traced.told(x), TypeError)
+    for path, x in zip(flat.paths, flat.leaves, strict=True)
+    if _traced.is_traced(x)
+  ]
+  if problems:
+    fail(_WHERE, problems, _traced.REMEDY)
   return flat.unflatten([None if x is None else _differs(x, label) for x in flat.leaves])
 
 
@@ -192,7 +199,9 @@ def _labels_of(
   if _is_label(entry):
     return {str(entry) if isinstance(entry, str) else int(entry)}, None
   expected = f"a label, or labels that broadcast to {shape}"
-  if isinstance(entry, core.Tracer) or not isinstance(entry, (np.ndarray, jax.Array)):
+  if _traced.is_traced(entry):
+    return set(), Traced(path, expected, _traced.told(entry), TypeError)
+  if not isinstance(entry, (np.ndarray, jax.Array)):
     return set(), Problem(path, expected, describe(entry), TypeError)
   array = np.asarray(entry)
   if array.dtype.kind not in "iuU":

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from flax.nnx import filterlib
 
-from . import _layers, _ties, _tree
-from ._complaints import Complaint, listing
+from . import _layers, _ties, _traced, _tree
+from ._complaints import Complaint, check_takes, listing
+from ._errors import describe, show as show_path
 
 _FILTERS = (
   filterlib.WithTag,
@@ -27,6 +28,8 @@ _FILTERS = (
   filterlib.Everything,
   filterlib.Nothing,
 )
+_KINDS = "a path, a compiled regex, a layer index or slice, an nnx filter, a function or `...`"
+_NO_PATTERN = 'Write a path as a string, such as "dense/kernel", or `...` for everything else.'
 _ANCHORED = "Patterns start at the root of the tree; `**/` stands for any parts in front."
 
 
@@ -121,15 +124,16 @@ def matches(pattern: Any, subject: Subject) -> list[int]:
   elif isinstance(pattern, (type, *_FILTERS)):
     found = _of_filter(pattern, subject)
   elif callable(pattern):
+    check_takes(pattern, ("path", "leaf"), "As pattern it returns True for what the rule names.")
     found = subject.select(functools.partial(_asked, pattern))
   else:
-    expected = (
-      "a path, a compiled regex, a layer index or slice, an nnx filter, a function or `...`"
-    )
-    remedy = "Write one rule per pattern: (pattern, value)."
-    raise Complaint(expected, f"{type(pattern).__name__} {show(pattern)}", remedy, TypeError)
+    _traced.refuse(pattern, _KINDS)
+    several = isinstance(pattern, (list, tuple, set, frozenset))
+    remedy = "Write one rule per pattern: (pattern, value)." if several else _NO_PATTERN
+    raise Complaint(_KINDS, f"{type(pattern).__name__} {show(pattern)}", remedy, TypeError)
   if not found:
-    raise Complaint("a pattern that names a parameter", _nothing(pattern, subject), _ANCHORED)
+    expected = "a pattern that names a parameter"
+    raise Complaint(expected, _nothing(pattern, subject), _advice(pattern, subject))
   return found
 
 
@@ -160,11 +164,27 @@ def _glob_parts(pattern: str) -> Iterator[str]:
       yield re.escape(text)
 
 
+def _advice(pattern: Any, subject: Subject) -> str:
+  """What to do about a pattern that names nothing."""
+  if not subject.live:
+    return "Give the parameters first and the rules second."
+  if subject.flat.paths == ("",):
+    return "Write `...`: a lone array has no path."
+  if isinstance(pattern, str):
+    return _ANCHORED
+  if isinstance(pattern, re.Pattern):
+    return "A compiled regex is searched for anywhere in the path, upper and lower case apart."
+  if isinstance(pattern, (type, *_FILTERS)):
+    return "A filter is asked about the parameters' variables, and took none of them."
+  return "The function was asked about each of them and returned False."
+
+
 def _asked(function: Callable[[str, Any], Any], path: str, leaf: Any) -> bool:
   answer = function(path, leaf)
+  _traced.refuse(answer, "a function that returns a bool")
   if not isinstance(answer, (bool, np.bool_)):
-    got = f"{type(answer).__name__} at {path}"
-    remedy = "A function as pattern takes (path, leaf) and returns True or False."
+    got = f"{describe(answer)} at {show_path(path)}"
+    remedy = "A function as pattern takes (path, leaf) and returns True or False; bool() makes one."
     raise Complaint("a function that returns a bool", got, remedy, TypeError)
   return bool(answer)
 
@@ -172,6 +192,7 @@ def _asked(function: Callable[[str, Any], Any], path: str, leaf: Any) -> bool:
 def _of_layers(pattern: Any, subject: Subject) -> list[int]:
   layers = subject.layers
   known = f"the layers are {_layers.numbered(layers)}"
+  _traced.refuse(pattern, "a slice of integers")
   positions = range(len(layers))
   try:
     chosen = positions[pattern] if isinstance(pattern, slice) else [positions[int(pattern)]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._complaints import Complaint
+from . import _traced
+from ._complaints import Complaint, check_takes
 from ._errors import Problem, describe, fail
 from ._heads import Leaf, head_axis, head_mask, parts_of
 from ._indexing import FITS, Positions, chosen, indexed, positions
+from ._masks import Runtime
 
 _VALUES = (
   "Write True or False, a NumPy bool array, an index (np.s_[:, :3]), maskopt.units, maskopt.heads, "
   "maskopt.train_only or a function of the leaf."
 )
+
+_ARGUMENTS = {
+  "of": "Give the number of heads that the layer has.",
+  "parts": "Give 3 for fused query, key and value that lie side by side, 1 if they interleave.",
+  "axis": "Count the axes of the kernel from 0; negative ones count from the end.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,7 @@ def units(idx: int | slice | Sequence[int] | np.ndarray) -> Units:
     >>> mask["dense"]["bias"].tolist(), mask["dense"]["kernel"].shape
     ([True, False, True], (1, 3))
   """
-  return Units(positions(idx, "maskopt.units(idx=...)"))
+  return Units(_read(idx, "maskopt.units(idx=...)"))
 
 
 def heads(
@@ -108,7 +117,7 @@ def heads(
   Returns:
     A value for `maskopt.build_mask`, which raises where a shape has no heads or several axes.
   Raises:
-    TypeError: idx names no heads.
+    TypeError: idx names no heads, or another argument is no int.
     ValueError: of or parts is not positive.
   Example:
     >>> import numpy as np, maskopt
@@ -117,11 +126,31 @@ def heads(
     >>> mask["query"]["kernel"].shape, mask["query"]["bias"].tolist()
     ((1, 2, 1), [[True], [False]])
   """
-  where = "maskopt.heads(of=...)"
   for name, count in (("of", of), ("parts", 1 if parts is None else parts)):
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-      fail(where, [Problem(name, "a positive int", describe(count))], "Give the number of heads.")
-  return Heads(positions(idx, "maskopt.heads(idx=...)"), int(of), axis, parts)
+    _check_int(name, count, "a positive int", count_from=1)
+  if axis is not None:
+    _check_int("axis", axis, "an int")
+  return Heads(_read(idx, "maskopt.heads(idx=...)"), int(of), axis, parts)
+
+
+def _check_int(name: str, value: Any, expected: str, count_from: int | None = None) -> None:
+  """Raise unless an argument of `heads` is an int, and one that counts something."""
+  where = f"maskopt.heads({name}=...)"
+  if _traced.is_traced(value):
+    problem = _traced.Traced(name, expected, _traced.told(value), TypeError)
+    fail(where, [problem], _traced.REMEDY)
+  is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  if not is_int or (count_from is not None and value < count_from):
+    kind = ValueError if is_int else TypeError
+    fail(where, [Problem(name, expected, describe(value), kind)], _ARGUMENTS[name])
+
+
+def _read(idx: Any, where: str) -> Positions:
+  """The positions, at once: whoever wrote them sees the error where they stand."""
+  try:
+    return positions(idx)
+  except Complaint as c:
+    fail(where, [Problem("idx", c.expected, c.got, c.kind)], c.remedy)
 
 
 def train_only(value: Any) -> TrainOnly:
@@ -153,16 +182,23 @@ def frozen(value: Any, leaf: Leaf) -> Any:
     return bool(value)
   if isinstance(value, TrainOnly):
     mask = frozen(value.value, leaf)
+    if isinstance(mask, Runtime):
+      size = math.prod(leaf.shape)
+      return Runtime(~mask.mask, None if mask.count is None else size - mask.count)
     return not mask if isinstance(mask, bool) else ~mask
   if isinstance(value, Units):
     return _along(_unit_axis(leaf), leaf, lambda n: chosen(value.idx.within(n, "units"), n))
   if isinstance(value, Heads):
     return _heads(value, leaf)
+  if isinstance(value, Runtime):
+    return Runtime(broadcastable(value.mask, leaf.shape, "bool"), value.count)
   if isinstance(value, (np.ndarray, jax.Array)) and value.dtype == np.bool_:
     return _compact(broadcastable(value, leaf.shape, "bool"))
+  _traced.refuse(value, "what to freeze")
   if isinstance(value, (int, np.integer, slice, tuple, list, range, np.ndarray)) or value is ...:
     return _compact(indexed(value if isinstance(value, tuple) else (value,), leaf.shape))
   if callable(value) and not isinstance(value, type):
+    check_takes(value, ("leaf",), "As value it returns what to freeze of the leaf.")
     return frozen(value(leaf.value), leaf)
   remedy = _VALUES if value is not None else "Write True to freeze. " + _VALUES
   raise Complaint("what to freeze", describe(value), remedy, TypeError)
@@ -174,7 +210,8 @@ def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
   fits = array.ndim <= rank and all(
     n in (1, m) for n, m in zip(reversed(array.shape), reversed(shape), strict=False)
   )
-  if fits and array.size == 1 and int(np.prod(shape, dtype=np.int64)) > 1:
+  if fits and array.size == 1 and math.prod(shape) > 1:
+    _traced.refuse(array, f"{kind} broadcastable to {shape}")
     fits, extra = False, f" (one element on a larger leaf: write a {kind})"
   if not fits:
     raise Complaint(f"{kind} broadcastable to {shape}", describe(array) + extra, FITS)
@@ -229,6 +266,7 @@ def factor(value: Any, leaf: Leaf) -> Any:
     return 0.0
   is_array = isinstance(value, (np.ndarray, jax.Array))
   if callable(value) and not is_array and not isinstance(value, type):
+    check_takes(value, ("leaf",), "As value it returns the factors of the leaf.")
     return factor(value(leaf.value), leaf)
   # A NumPy scalar and a Python number are one-element arrays to the checks below.
   array: Any = value if is_array or not isinstance(value, numbers.Number) else np.asarray(value)

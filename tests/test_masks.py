@@ -141,9 +141,7 @@ def test_a_bool_among_the_arguments_of_jit_is_refused(call):
   params = {"dense": {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}, "scale": jnp.ones(())}
   trace = jax.jit(lambda mask: CALLS[call](mask, params))
   units = jnp.asarray(COLUMNS)
-  remedy = (
-    r"\. What jit, vmap or scan traces is data, a bool too: close over the bools of a mask, or"
-  )
+  remedy = r"\. What jit, vmap or scan traces is data, a bool too: make it outside and close over"
   bad = r"at dense/b, expected bool broadcastable to \(4,\), got a traced bool"
   also = r"at dense/w, expected bool broadcastable to \(3, 4\), got a traced bool"
   for mask, match in (
