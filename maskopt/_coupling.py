@@ -32,10 +32,11 @@ def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int,
   """The optimizer's program on one leaf, shapes left out; unlike any other if it is unknown."""
   leaf = {"leaf": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
-  for names in _ARGUMENTS:
+  for copies, names in _CALLS:
 
-    def step(params: Any, grads: Any, names: tuple[str, ...] = names) -> Any:
+    def step(params: Any, grads: Any, copies: Any = copies, names: Any = names) -> Any:
       extra = {k: v for k, v in _arguments(params, grads).items() if k in names}
+      params = copies(params)
       return optimizer.update(grads, optimizer.init(params), params, **extra)
 
     try:
@@ -47,8 +48,15 @@ def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int,
   return object()  # it needs arguments we do not know: nothing can be promised
 
 
-# What Optax's optimizers ask of `update` by name; some refuse what they do not ask for.
-_ARGUMENTS = ((), ("value", "grad", "value_fn"), ("obj_fn",), ("grad_fn",))
+# How Optax's optimizers want their parameters, and what they ask of `update` by name; some refuse
+# what they do not ask for. Lookahead is first, for it says a warning over parameters of one copy.
+_CALLS = (
+  (optax.LookaheadParams.init_synced, ()),
+  (lambda params: params, ()),
+  (lambda params: params, ("value", "grad", "value_fn")),
+  (lambda params: params, ("obj_fn",)),
+  (lambda params: params, ("grad_fn",)),
+)
 
 
 def _arguments(params: Any, grads: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from . import _bits, _journal, _masters, _packing, _provenance, _remask, _tree
+from . import _bits, _copies, _journal, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
@@ -94,7 +94,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
   def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
       return MaskedFreezeState(_UNKNOWN)
-    return MaskedFreezeState(owner.layouts(params))
+    return MaskedFreezeState(owner.layouts(_copies.trained(params)))
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     del params
@@ -102,8 +102,11 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
     layouts, next_mask = state.layouts, extra.get("freeze_mask")
     if next_mask is not None:
       layouts = _remask.turned(layouts, next_mask, where)
-    zeroed = layouts.map(_zeroed_update, layouts.flat(updates, where))
-    return zeroed, MaskedFreezeState(layouts)
+
+    def zeroed(updates: Any) -> Any:
+      return layouts.map(_zeroed_update, layouts.flat(updates, where))
+
+    return _copies.each(zeroed, updates), MaskedFreezeState(layouts)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -132,8 +135,8 @@ def selective_transform(
 
   Args:
     optimizer: any Optax transformation, `optax.MultiSteps` too.
-    freeze_mask: a freeze mask over the parameters; True = frozen. A function of the parameters is
-      called once, in `init`.
+    freeze_mask: a freeze mask over the parameters (over each copy, if `optax.lookahead` keeps two);
+      True = frozen. A function of the parameters is called once, in `init`.
     prefer: "time" stores each leaf the way that is fastest on its platform; "memory" packs even
       where a dense leaf would be faster.
     master_dtype: keep the trainable values of narrower float parameters in this dtype, train those,
@@ -178,15 +181,16 @@ def selective_transform(
   def init(params: optax.Params) -> Any:
     if _tree.is_placeholder(params):
       return SelectiveState(_UNKNOWN, inner.init(params), None if master_dtype is None else params)
-    params = _tree.parameters(params)
-    layouts = owner.layouts(params)
-    values = layouts.take(params, where)
+    params = _copies.each(_tree.parameters, params)
+    layouts = owner.layouts(_copies.trained(params))
+    values = _copies.each(lambda p: layouts.take(p, where), params)
     masters = _masters.create(values, master_dtype)
     return SelectiveState(layouts, inner.init(_masters.over(masters, values)), masters)
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     next_mask = extra.pop("freeze_mask", None)
     owner.check(state.layouts)
+    _copies.check_gradients(updates, where)
     _need_params(params, where, master_dtype, next_mask)
     if next_mask is not None:
       _need_positions(updates, where)
@@ -207,14 +211,14 @@ def selective_transform(
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))
-    values = None if params is None else layouts.take(params, where)
+    values = None if params is None else _copies.each(lambda p: layouts.take(p, where), params)
     masters = _masters.follow(state.masters, values)
-    grads = _masters.like(masters, layouts.take(updates, where))
+    grads = _masters.like(_copies.trained(masters), layouts.take(updates, where))
     packed, inner_state = inner_update(
       layouts, grads, state.inner_state, _masters.over(masters, values)
     )
     masters, targets = _masters.step(masters, packed, values)
-    full = layouts.map(_outgoing, flat, packed, targets)
+    full = _copies.each(lambda *both: layouts.map(_outgoing, flat, *both), packed, targets)
     state = state._replace(inner_state=inner_state, masters=masters)
     return full, state
 
@@ -298,7 +302,7 @@ def _packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> A
 def _unpacked_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:
   if not _matches(value, layouts, lambda layout: layout.packed_shape):
     return value
-  full = layouts.flat(params, where)
+  full = layouts.flat(_copies.trained(params), where)
   return layouts.map(lambda p, layout, index, v: layout.put(v, p, index), full, value)
 
 

@@ -83,7 +83,9 @@ def step(masters: Any, updates: Any, values: Any) -> tuple[Any, Any]:
     if _tree.is_hole(m):
       return None
     rounded = m.astype(v.dtype)
-    return rounded, rounded.astype(m.dtype) - v.astype(m.dtype)
+    # An infinity minus itself would be NaN.
+    moved = jnp.where(rounded == v, 0, rounded.astype(m.dtype) - v.astype(m.dtype))
+    return rounded, moved
 
   masters = _map(moved, masters, updates)
   return masters, _map(target, masters, values)

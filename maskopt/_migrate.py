@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _carry, _fresh, _masks, _owned, _packing, _thaw, _tree
+from . import _carry, _copies, _fresh, _masks, _owned, _packing, _thaw, _tree
 from ._errors import Problem, describe, fail, show
 from ._freeze import Held, MaskedFreezeState, SelectiveState
 from ._fresh import Constant
@@ -90,15 +90,15 @@ def migrate(
   if moments not in ("keep", "reset", "hold"):
     problem = Problem("", '"keep", "reset" or "hold"', repr(moments))
     fail("maskopt.migrate(moments=...)", [problem], "Leave it out to keep moments.")
-  params = _tree.parameters(params)
+  params = _copies.each(_tree.parameters, params)
   fresh = _fresh.state(to.init, params)
   adams = bool(_thaw.nodes(fresh))
   if adams and grads is not None:
-    counted = _Merge(params, "reset").run(to, fresh, state)
+    counted = _Merge(_copies.trained(params), "reset").run(to, fresh, state)
     counts = [n.count for n in _thaw.nodes(counted) if n.count is not None]
     start = _fresh.whole(fresh)
     fresh = _thaw.seeded(lambda s: to.update(grads, s, params)[1], start, counts)
-  merge = _Merge(params, moments)
+  merge = _Merge(_copies.trained(params), moments)
   migrated = _fresh.whole(merge.run(to, fresh, state))
   if adams and grads is None:
     _warn_of_jolt(merge, migrated)
@@ -260,6 +260,14 @@ class _Merge:
 
   def _placed(self, tree: Any, sources: Sequence[_Source], new: Layouts, path: str) -> Any:
     """A tree shaped like the parameters, with the old values of what trained already."""
+    if isinstance(tree, optax.LookaheadParams):  # masters of both copies
+
+      def copied(copy: Any, *nodes: Any) -> Any:
+        olds = [(node, k) for node, (_, k) in zip(nodes, sources, strict=True)]
+        return self._placed(copy, olds, new, path)
+
+      sources = [s for s in sources if isinstance(s[0], optax.LookaheadParams)]
+      return _copies.each(copied, tree, *(node for node, _ in sources))
     flat = _tree.flatten(tree)
     leaves = list(flat.leaves)
     olds = [old for _, old in sources]

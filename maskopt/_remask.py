@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _carry, _choice, _masks, _masters, _packing, _thaw, _tree
+from . import _carry, _choice, _copies, _masks, _masters, _packing, _thaw, _tree
 from ._errors import Problem, fail
 from ._layout import Elements, Frozen, Full
 from ._masks import Runtime, Turn
@@ -86,16 +86,16 @@ def remasked(
   counts) are kept.
   """
   old = state.layouts
-  values = new.take(params, where)
+  values = _copies.each(lambda p: new.take(p, where), params)
   fresh_masters = _masters.restart(state.masters, values)
   seen = _masters.over(fresh_masters, values)
   fresh = inner.init(seen)
-  number = _numbers(values)
+  number = _numbers(_copies.trained(values))
   owners = optax.tree_map_params(
     inner, lambda _, n: n, fresh, number, transform_non_params=lambda _: -1
   )
   if _thaw.nodes(fresh):
-    grads = _masters.like(fresh_masters, new.take(updates, where))
+    grads = _masters.like(_copies.trained(fresh_masters), new.take(updates, where))
     counts = [n.count for n in _thaw.nodes(state.inner_state)]
 
     def seeded(start: Any) -> Any:
@@ -113,7 +113,9 @@ def remasked(
   inner_state = jax.tree.map(merged, owners, state.inner_state, fresh)
   masters = state.masters
   if masters is not None:
-    masters = jax.tree.map(merged, number, masters, fresh_masters)
+    masters = _copies.each(
+      lambda m, fresh: jax.tree.map(merged, number, m, fresh), masters, fresh_masters
+    )
   return state._replace(inner_state=inner_state, layouts=new, masters=masters)
 
 

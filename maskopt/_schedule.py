@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _masks, _multiplier, _stacks, _stages, _tree
+from . import _copies, _masks, _multiplier, _stacks, _stages, _tree
 from ._errors import Problem, describe, fail
 from ._masks import Changing, Runtime
 from ._packed import is_packed
@@ -110,7 +110,8 @@ class Schedule(Changing):
 
     def init(params: Any) -> ScheduledState:
       # Where only the structure is asked for, a leaf stands for whatever the masks are.
-      masks = 0 if _tree.is_placeholder(params) else self._first(_tree.parameters(params))[1]
+      asked = _tree.is_placeholder(params)
+      masks = 0 if asked else self._first(_tree.parameters(_copies.trained(params)))[1]
       times = _stacks.boundaries(self.starts, self.period)
       count, placed = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
       return ScheduledState(count, placed, times, masks, first.init(params))
@@ -120,7 +121,7 @@ class Schedule(Changing):
       out, inner = first.update(updates, state.inner_state, params, freeze_mask=turn, **extra)
       state = state._replace(count=state.count + 1, placed=state.stage, inner_state=inner)
       if callable(self._stages):
-        state = self._asked(state, updates if params is None else params)
+        state = self._asked(state, updates if params is None else _copies.trained(params))
       return out, state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -165,7 +165,7 @@ def test_bits_below_lookahead(guarded):
   frozen = np.arange(p["w"].size) < special.size
   tx = optax.lookahead(selective(optax.sgd(0.1), {"w": frozen}), 2, 0.5)
   if guarded:
-    tx = optax.chain(tx, maskopt.masked_freeze({"fast": {"w": frozen}, "slow": {"w": frozen}}))
+    tx = optax.chain(tx, maskopt.masked_freeze({"w": frozen}))
   params = optax.LookaheadParams(p, jax.tree.map(jnp.array, p))
   state = tx.init(params)
   for _ in range(4):
@@ -179,20 +179,77 @@ def test_bits_below_lookahead(guarded):
     assert (np.asarray(tree["w"])[~frozen] < 1).all()
 
 
-def test_around_lookahead_is_refused():
-  """Its gradients are those of the fast parameters alone, so no mask can be over both."""
-  tx = selective(optax.lookahead(optax.sgd(0.1), 2, 0.5), {"fast": MASK, "slow": MASK})
+@pytest.mark.parametrize("frozen", [MASK, {"w": FROZEN["w"] ^ np.eye(2, 3, dtype=bool), "b": True}])
+@pytest.mark.parametrize("steps", [3, 4])
+def test_around_lookahead(steps, frozen):
+  """One mask over both copies, which may be the same arrays."""
+  inner = selective(optax.lookahead(optax.adam(0.1), 2, 0.5), frozen)
+  both = _looked_ahead(PARAMS, inner, steps)
+  want = _looked_ahead(PARAMS, optax.lookahead(optax.adam(0.1), 2, 0.5), steps)
+  whole = np.broadcast_to(frozen["w"], (2, 3))
+  for got, expected in zip(both, want, strict=True):
+    assert reference.moved(PARAMS["w"], got["w"], whole) == []
+    assert reference.moved(PARAMS["b"], got["b"], FROZEN["b"]) == []
+    trained = np.asarray(expected["w"])[~whole]
+    np.testing.assert_allclose(np.asarray(got["w"])[~whole], trained, rtol=1e-6)
+  state = inner.init(optax.LookaheadParams.init_synced(PARAMS))
+  assert {k: np.any(v) for k, v in maskopt.mask_of(state).freeze_mask.items()} == {"w": 1, "b": 1}
+  trains = int((~whole).sum())
+  index = sum(x.nbytes for x in jax.tree.leaves(state.layouts))
+  assert index <= 4 * trains  # once, not for each copy
+  assert sum(x.nbytes for x in jax.tree.leaves(state)) == 8 * trains + index + 8  # two counts
+
+
+def test_bits_around_lookahead():
+  """Here no frozen value is ever read, so infinities and signalling NaN survive as well."""
+  special = reference.special(np.float32)
+  p = {"w": jnp.asarray(np.concatenate([special, np.ones(3, np.float32)]))}
+  frozen = np.arange(p["w"].size) < special.size
+  tx = selective(optax.lookahead(optax.sgd(0.1), 2, 0.5), {"w": frozen})
+  params = optax.LookaheadParams.init_synced(p)
+  state = tx.init(params)
+  for _ in range(4):
+    updates, state = tx.update({"w": jnp.full(p["w"].shape, jnp.nan)}, state, params)
+    params = maskopt.apply_updates(params, updates)
+  for tree in params:
+    assert reference.moved(p["w"], tree["w"], frozen) == []
+    assert np.isnan(np.asarray(tree["w"])[~frozen]).all()
+
+
+def test_around_lookahead_with_masters_and_a_schedule():
+  """bfloat16 follows its masters in both copies, under a mask that changes, as under migrations."""
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  stages = {0: {"w": UNITS, "b": True}, 2: {"w": np.array([False, True, True]), "b": True}}
+  grads = jax.tree.map(jnp.ones_like, half)
+
+  def tx_of(mask):
+    inner = optax.lookahead(optax.adam(1e-3), 2, 0.5)
+    return selective(inner, mask, master_dtype=jnp.float32)
+
+  def run(tx, state, params, steps):
+    for _ in range(steps):
+      updates, state = tx.update(grads, state, params)
+      params = maskopt.apply_updates(params, updates)
+    return params, state
+
+  synced = optax.LookaheadParams.init_synced(half)
+  scheduled = tx_of(maskopt.unfreeze_schedule(stages, mode="runtime"))
+  together, _ = run(scheduled, scheduled.init(synced), synced, 4)
+
+  first, second = tx_of(stages[0]), tx_of(stages[2])
+  params, state = run(first, first.init(synced), synced, 2)
+  state = maskopt.migrate(state, params, to=second, grads=grads)
+  params, state = run(second, state, params, 2)
+  for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(params), strict=True):
+    assert reference.moved(a, b, np.ones(a.shape, bool)) == []
+  assert jax.tree.map(jnp.shape, state.masters.fast) == jax.tree.map(jnp.shape, state.masters.slow)
+
+
+def test_gradients_of_both_copies_are_refused():
+  tx = selective(optax.lookahead(optax.sgd(0.1), 2, 0.5))
   synced = optax.LookaheadParams.init_synced(PARAMS)
-  with pytest.raises(
-    ValueError, match=r"at slow/b, expected an array of its own, got .* at fast/b"
-  ):
-    tx.init(synced)
-  both = synced._replace(slow=jax.tree.map(jnp.array, PARAMS))
-  match = (
-    r"at fast/b, expected a leaf, got none; .*; at b, expected no leaf, got one; at w, .* one\."
-  )
-  with pytest.raises(ValueError, match=match):
-    tx.update(PARAMS, tx.init(both), both)
+  with pytest.raises(ValueError, match=r"gradients of the fast .* Differentiate at params.fast"):
+    tx.update(synced, tx.init(synced), synced)
 
 
 def test_schedule_free_inside_does_not_drift():

@@ -361,6 +361,15 @@ def test_masters_cost_only_trainable_elements_and_skip_wide_leaves():
   assert isinstance(masters["v"], optax.MaskedNode) and isinstance(masters["z"], optax.MaskedNode)
 
 
+@pytest.mark.parametrize("apply", [maskopt.apply_updates, optax.apply_updates])
+def test_masters_keep_a_trainable_infinity(apply):
+  """Whether the parameter is set or, in a trace of its own, moved by the difference."""
+  params = {"w": jnp.array([jnp.inf, -jnp.inf, 1.0], jnp.bfloat16)}
+  tx = maskopt.selective_transform(optax.sgd(0.5), freeze_mask=False, master_dtype=jnp.float32)
+  updates, _ = jax.jit(tx.update)({"w": jnp.ones(3, jnp.bfloat16)}, tx.init(params), params)
+  assert apply(params, updates)["w"].tolist() == [jnp.inf, -jnp.inf, 0.5]
+
+
 def test_masters_give_way_to_parameters_set_by_somebody_else():
   tx = _bf16(master_dtype=jnp.float32)
   _, state = _hundred(tx, maskopt.apply_updates)
