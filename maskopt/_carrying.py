@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,21 +38,20 @@ class StaticMask:
     array = np.asarray(mask, np.bool_)
     return cls(array.shape, np.packbits(array).tobytes())
 
-  @property
+  @functools.cached_property
   def array(self) -> np.ndarray:
-    return _unpacked(self)
+    """The mask unpacked, once for each object: it lives and dies with it."""
+    size = math.prod(self.shape)
+    array = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=size).view(np.bool_)
+    array = array.reshape(self.shape)
+    array.flags.writeable = False  # it is shared by all who ask
+    return array
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"shape": self.shape, "bits": self.bits}  # copies and pickles stay packed
 
   def __repr__(self) -> str:
     return f"StaticMask(freezes {np.count_nonzero(self.array)} of {self.array.size}, {self.shape})"
-
-
-@functools.lru_cache(maxsize=256)
-def _unpacked(mask: StaticMask) -> np.ndarray:
-  size = int(np.prod(mask.shape, dtype=np.int64))
-  array = np.unpackbits(np.frombuffer(mask.bits, np.uint8), count=size).astype(np.bool_)
-  array = array.reshape(mask.shape)
-  array.flags.writeable = False  # it is shared by all who ask
-  return array
 
 
 def carried(module: Any) -> Iterator[tuple[str, Any, LeafMask]]:

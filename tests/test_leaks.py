@@ -1,7 +1,9 @@
 """What stays behind: no tracer after a trace, no array after a step, whichever way either ends."""
 
 import contextlib
+import copy
 import gc
+import pickle
 import weakref
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from flax import nnx
 
 import maskopt
 from maskopt import _provenance
@@ -264,3 +267,21 @@ def test_steps_leave_no_arrays_behind():
     p, s = sliced(tx, p, s)
     counts.append((len(jax.live_arrays()), len(notes())))
   assert len(set(counts)) == 1
+
+
+def test_a_mask_that_a_module_carries_is_unpacked_once_and_goes_with_it():
+  carried = np.random.default_rng(1).random((64, 32)) < 0.5
+  layer = maskopt.nnx.MaskedLinear(64, 32, kernel_freeze_mask=carried, rngs=nnx.Rngs(0))
+  nnx.grad(lambda m: m(jnp.ones((1, 64))).sum())(layer)
+  mask = layer.kernel_freeze_mask
+  array = maskopt.nnx.freeze_mask(layer)["kernel"]
+  np.testing.assert_array_equal(array, carried)
+  assert mask.array is array and not array.flags.writeable
+  copies = pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)
+  assert all(c == mask and hash(c) == hash(mask) and "array" not in vars(c) for c in copies)
+  gone = weakref.ref(array.base if array.base is not None else array)
+  del array
+  assert gone() is not None
+  del layer, mask, copies
+  gc.collect()
+  assert gone() is None
