@@ -13,8 +13,11 @@ from . import _index as ix
 from ._index import Index, Points
 from ._region import Region
 
-# A few runs are read as slices: the compiler moves memory and holds no index constant.
+# A few long runs are read as slices: the compiler moves memory and holds no index constant. Short
+# ones are gathered like any other positions, for XLA:CPU compiles equal kernels once, and a gather
+# is the same kernel in every layer while slices are cut at places of their own (some 20 ms each).
 MAX_RUNS = 4
+LONG_RUN = 16
 
 
 def take(block: Any, have: Region, want: Region) -> jax.Array:
@@ -49,7 +52,7 @@ def _slice(block: Any, relative: list[Index]) -> jax.Array:
 
 def _take_points(block: Any, dim: int, points: Points) -> jax.Array:
   runs = ix.runs(points)
-  if len(runs) <= MAX_RUNS:
+  if len(runs) <= MAX_RUNS and len(points) >= LONG_RUN * len(runs):
     parts = [lax.slice_in_dim(block, r.start, r.stop, axis=dim) for r in runs]
     return lax.concatenate(parts, dim)
   sizes = list(np.shape(block))
