@@ -1,11 +1,9 @@
 """Ten digits arrive in five pairs; for each the network grows, and only what is new trains.
 
 Each pair brings 32 hidden units and two outputs. `maskopt.surgery.grow` returns the grown network,
-the mask "old frozen, new trainable" and the optimizer's state. New units lead to new outputs only:
-their weights to the old ones are zero and frozen, so the old outputs keep their bits.
-
-The hidden layer grows before the head, so that those zeros are old when the head grows: the second
-mask freezes them.
+the mask "old frozen, new trainable", the optimizer and its state. With `mode="progressive"` new
+units lead to new outputs only: their weights to the old ones are zero and frozen, so the old
+outputs keep their bits.
 """
 
 from __future__ import annotations
@@ -200,31 +198,17 @@ def learn(
 
 def grown(stage: Stage, transform: Transform, pixels: np.ndarray, key: jax.Array) -> Stage:
   """Return the network with more units and two more outputs, its mask and its optimizer state."""
-  look = jnp.asarray(pixels)
-  wider = maskopt.surgery.grow(
-    *(stage.network, "hidden", UNITS),
-    inputs=look,
+  done = maskopt.surgery.grow(
+    stage.network,
+    {"hidden": UNITS, "head": len(PAIRS[0])},
+    mode="progressive",
+    inputs=jnp.asarray(pixels),
     key=key,
     opt_state=stage.state,
     tx=stage.tx,
     to=transform,
   )
-
-  def both(longer: Any) -> Any:
-    # To the second growth every unit is old, and so are the zeros from new units to old outputs.
-    return nnx.State({"hidden": wider.freeze_mask["hidden"], "head": longer["head"]})
-
-  longer = maskopt.surgery.grow(
-    *(wider.model, "head", len(PAIRS[0])),
-    inputs=look,
-    key=key,
-    opt_state=wider.opt_state,
-    tx=transform(wider.freeze_mask),
-    to=lambda mask: transform(both(mask)),
-  )
-  mask = both(longer.freeze_mask)
-  changed = max(wider.report.difference, longer.report.difference)
-  return Stage(longer.model, mask, transform(mask), longer.opt_state, changed)
+  return Stage(done.model, done.freeze_mask, done.tx, done.opt_state, done.report.difference)
 
 
 def masked(freeze_mask: Any) -> optax.GradientTransformation:

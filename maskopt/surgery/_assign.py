@@ -38,9 +38,9 @@ def assign(
       `maskopt.build_mask`: `where` says which elements, True for all. A value is a number, an array
       that broadcasts to the parameter or to the chosen block of it, or a function of the leaf.
     layers: network order, as in `maskopt.build_mask`.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`. Values take the parameter's dtype; elements that no rule chooses keep their bits
     and are frozen in the mask. Assigned elements train and have fresh moments.
@@ -102,9 +102,9 @@ def reset(
       variance 1 / fan-in, biases 0, scales 1.
     key: random key; by default `jax.random.key(0)`.
     layers: network order, as in `maskopt.build_mask`.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`: other elements keep their bits and are frozen in the mask; those that start anew
     train and have fresh moments. Statistics of a layer that starts anew as a whole start anew too.

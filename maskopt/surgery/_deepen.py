@@ -15,6 +15,7 @@ from .._errors import Problem, describe, fail
 from . import _edit, _model, _preserved, _start
 from ._edit import Edit
 from ._model import Model
+from ._refusals import told
 from ._result import State, Surgery
 
 _WHERE = "maskopt.surgery.deepen(layer=...)"
@@ -54,9 +55,9 @@ def deepen(
     inputs: example inputs; with them old and new outputs are compared.
     forward: as in `grow`.
     new_forward: as in `grow`.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`: old parameters are frozen in the mask, the new layer trains.
   Raises:
@@ -71,7 +72,7 @@ def deepen(
   state.check(_WHERE)
   edit = Edit(model)
   old = edit.model
-  _model.check_layer(old, layer, _WHERE)
+  told(_WHERE, _model.check_layer, old, layer)
   if activation is not None and not (old.is_module and callable(activation)):
     got = describe(activation) if old.is_module else "a tree, whose forward is yours"
     fail(_WHERE, [Problem("activation", "a function, of an nnx module", got)], "Leave it out.")
@@ -92,7 +93,7 @@ def _kernel(old: Model, layer: str) -> Any:
   """The kernel whose last axis is the layer's output."""
   below = old.below(layer)
   outs = [p for p in below if p.endswith("out/kernel")]
-  path = outs[0] if len(outs) == 1 else _start.axis_of(old, layer, None, _WHERE)[0]
+  path = outs[0] if len(outs) == 1 else told(_WHERE, _start.axis_of, old, layer, None)[0]
   leaf = old.arrays[path]
   if np.ndim(leaf) < 2:
     fail(_WHERE, [Problem(path, "a kernel", describe(leaf))], "Name a layer with a kernel.")
@@ -101,7 +102,7 @@ def _kernel(old: Model, layer: str) -> Any:
 
 def _width(old: Model, layer: str) -> int:
   """The size of a layer's outputs: of a cell, its hidden units."""
-  path, axis = _start.axis_of(old, layer, None, _WHERE)
+  path, axis = told(_WHERE, _start.axis_of, old, layer, None)
   cell = axis == 0 and not path.endswith("embedding")
   leaf = old.arrays[path] if cell else _kernel(old, layer)
   return int(np.shape(leaf)[0 if cell else -1])

@@ -15,6 +15,7 @@ from . import _edit, _initial, _model, _placement, _start, _units
 from ._edit import Edit
 from ._model import Model
 from ._placement import Placement
+from ._refusals import told
 from ._result import State, Surgery, result
 
 _WHERE = "maskopt.surgery.replace_head(head=...)"
@@ -45,9 +46,9 @@ def replace_head(
     init: initializer `(key, shape, dtype)` of new weights, or rules [(glob, initializer)]; by
       default variance 1 / fan-in.
     key: random key; by default `jax.random.key(0)`.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`: the body is frozen in the mask and keeps its bits, the head trains.
   Raises:
@@ -65,7 +66,7 @@ def replace_head(
   _initial.check(init, _WHERE)
   old = Model(model)
   path = _last(old, layers) if layer is None else layer
-  _model.check_layer(old, path, _WHERE)
+  told(_WHERE, _model.check_layer, old, path)
   if isinstance(head, (int, np.integer)) and not isinstance(head, bool):
     key = jax.random.key(0) if key is None else key
     return _resized(old, path, int(head), init, key, state)
@@ -95,11 +96,11 @@ def _resized(old: Model, layer: str, outputs: int, init: Any, key: Any, state: S
   """A head of the same kind with another number of outputs, all of it new."""
   if outputs < 1:
     fail(_WHERE, [Problem("head", "at least one output", str(outputs))], "Give 10, say.")
-  path, axis = _start.axis_of(old, layer, None, _WHERE)
+  path, axis = told(_WHERE, _start.axis_of, old, layer, None)
   if path.endswith("embedding"):
     axis = len(np.shape(old.arrays[path])) - 1
   labels = _units.labels_of(np.shape(old.arrays[path])[axis], 1)
-  wide, _ = _start.named(old, layer, (path, axis), labels, [], _WHERE)
+  wide, _ = told(_WHERE, _start.named, old, layer, (path, axis), labels, [])
   arrays: dict[str, Any] = {}
   for p in old.below(layer):
     leaf = old.arrays[p]

@@ -10,8 +10,9 @@ import jax
 from flax import nnx
 
 from .. import _calls, _tree
-from .._errors import Problem, describe, fail
+from .._errors import describe
 from . import _attributes
+from ._refusals import refuse
 
 
 class Model:
@@ -98,16 +99,16 @@ def parameters(source: Any) -> Any:
   return source["params"] if is_variables(source) else _tree.parameters(source)
 
 
-def check_layer(model: Model, layer: Any, where: str) -> list[str]:
-  """Return the arrays of a layer; raises if there are none."""
+def check_layer(model: Model, layer: Any) -> list[str]:
+  """Return the arrays of a layer; raises a `Refusal` if there are none."""
   if not isinstance(layer, str):
-    problem = Problem("", "the path of a layer", describe(layer), TypeError)
-    fail(where, [problem], 'Write it as rules do: "encoder/dense".')
+    remedy = 'Write it as rules do: "encoder/dense".'
+    refuse("", "the path of a layer", describe(layer), remedy, TypeError)
   found = model.below(layer)
   if not found:
     known = dict.fromkeys(model.inside(p).rpartition("/")[0] or p for p in model.arrays)
     remedy = f"The layers are {', '.join(list(known)[:16])}{', ...' if len(known) > 16 else ''}."
-    fail(where, [Problem(layer, "a layer with parameters", "none of that path")], remedy)
+    refuse(layer, "a layer with parameters", "none of that path", remedy)
   return found
 
 

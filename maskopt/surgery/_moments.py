@@ -23,6 +23,9 @@ from . import _placement
 from ._placement import Placement
 
 _REMEDY = "Give the state that tx.init returned for these parameters, or one that followed from it."
+NEXT = (
+  "Write to=lambda freeze_mask: maskopt.selective_transform(optimizer, freeze_mask=freeze_mask)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,46 +37,30 @@ class _Owned:
   place: tuple[Any, ...]
 
 
-def check(opt_state: Any, tx: Any, where: str) -> None:
-  """Raise unless state and transform are given together, or neither is."""
-  if (opt_state is None) != (tx is None):
-    missing = "opt_state" if opt_state is None else "tx"
-    problem = Problem(missing, "an optimizer state and its transform", "only one of them")
-    fail(where, [problem], "Give opt_state=... and tx=..., or neither.")
-
-
 def moved(
   opt_state: Any,
   tx: Any,
   to: Any,
   old_params: Any,
   new_params: Any,
-  freeze_mask: Any,
   placements: Mapping[str, Placement],
   where: str,
 ) -> Any:
-  """Return the state for the new parameters; None without an old one.
+  """Return the state for the new parameters.
 
   Args:
     opt_state: the state of `tx` over the old parameters.
     tx: its transform.
-    to: the transform for the new parameters, or a function of their freeze mask that returns it;
-      None for `tx`.
+    to: the transform for the new parameters.
     old_params: the old parameters.
     new_params: the new parameters.
-    freeze_mask: "old frozen, new trainable", for `to`.
     placements: where old elements stand in the new parameters.
     where: the call that errors name.
   """
-  if opt_state is None:
-    return None
-  if to is not None and not hasattr(to, "init"):
-    to = to(freeze_mask)
-  to = tx if to is None else to
   if any(isinstance(x, nnx.OptState) for x in jax.tree.leaves(opt_state, is_leaf=_is_box)):
     opt_state, old_params, new_params = map(_unboxed, (opt_state, old_params, new_params))
   old_flat, new_flat = _tree.flatten(old_params), _tree.flatten(new_params)
-  fresh = to.init(new_params)
+  fresh = started(to, new_params, where)
   old = _Slots(opt_state, tx, old_params, old_flat, where)
   new = _Slots(fresh, to, new_params, new_flat, where)
   old.check(where)
@@ -86,6 +73,16 @@ def moved(
     new.leaf(key, value, old, placements) for key, value in zip(new.keys, new.leaves, strict=True)
   ]
   return new.treedef.unflatten(leaves)
+
+
+def started(tx: Any, params: Any, where: str) -> Any:
+  """The transform's fresh state; raises if it is made for other shapes, as one with a mask is."""
+  try:
+    return tx.init(params)
+  except (ValueError, TypeError) as error:
+    reason = str(error).rstrip(".")
+  problem = Problem("tx", "a transform that takes the new parameters", f"an error: {reason}")
+  fail(where, [problem], f"Say which comes next: to=. {NEXT}")
 
 
 class _Slots:

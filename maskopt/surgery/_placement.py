@@ -29,12 +29,14 @@ class Placement:
     kept: for each axis the positions in the new leaf; None where they are as they were.
     taken: for each axis the positions in the old leaf; None for all of them.
     fresh: bools that broadcast to the new leaf: elements that are new wherever they stand.
+    still: for each axis new positions that are frozen like old ones; None for no such ones.
   """
 
   path: str
   kept: Positions
   taken: Positions | None = None
   fresh: Any = False
+  still: Positions | None = None
 
   def old_part(self, old: np.ndarray) -> np.ndarray:
     """The elements of the old leaf that go over."""
@@ -60,7 +62,10 @@ class Placement:
       if kept is not None and len(kept) < shape[axis]:
         old = np.zeros(shape[axis], bool)
         old[kept] = True
-        mask = mask & old.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+        if self.still is not None and self.still[axis] is not None:
+          old[self.still[axis]] = True
+        if not old.all():
+          mask = mask & old.reshape([-1 if k == axis else 1 for k in range(len(shape))])
     return bool(mask.all()) if mask.all() or not mask.any() else np.asarray(mask)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from .. import _layers, _tree
-from .._errors import Problem, describe, fail
+from .._errors import Problem
 from . import _model, _units
 from ._model import Model
+from ._refusals import Refusals, refuse
 from ._units import Labels
 
 Axis = tuple[str, int]
@@ -22,25 +23,25 @@ _KERNELS = ("kernel", "weight", "embedding", "w")
 _HEADS = ("query", "key", "value")
 
 
-def axis_of(model: Model, layer: str, axis: int | None, where: str) -> Axis:
+def axis_of(model: Model, layer: str, axis: int | None) -> Axis:
   """Return the parameter and axis along which a layer's units stand.
 
   Raises:
-    ValueError: no such layer, or several parameters that may be meant.
+    Refusal: no such layer, or several parameters that may be meant.
   """
-  below = [p for p in _model.check_layer(model, layer, where) if p in model.params]
+  below = [p for p in _model.check_layer(model, layer) if p in model.params]
   shapes = {p: tuple(np.shape(model.arrays[p])) for p in below}
   path = _main(layer, shapes, model)
   if path is None:
     wide = [p for p in below if len(shapes[p]) > 1] or below
     got = f"{len(wide)} that may be meant ({', '.join(wide[:6])})"
-    fail(where, [Problem(layer, "one kernel", got)], "Give the path of the kernel, and axis=.")
+    refuse(layer, "one kernel", got, "Give the path of the kernel, and axis=.")
   rank = len(shapes[path])
   if axis is None:
     axis = _usual_axis(path, rank, layer, model)
   if not -rank <= axis < rank:
     remedy = "Leave axis out for the axis of the layer's outputs."
-    fail(where, [Problem(path, f"an axis of shape {shapes[path]}", f"axis={axis}")], remedy)
+    refuse(path, f"an axis of shape {shapes[path]}", f"axis={axis}", remedy)
   return path, axis % rank
 
 
@@ -76,32 +77,33 @@ def _usual_axis(path: str, rank: int, layer: str, model: Model) -> int:
   return 0 if path.rpartition("/")[0] in out_first else -1
 
 
-def start(
-  model: Model, where_it_is: Axis, of: int | None, parts: int, where: str
-) -> tuple[Labels, int]:
+def start(model: Model, at: Axis, of: int | None, parts: int) -> tuple[Labels, int]:
   """The labels of the axis that holds the units, and how many units there are."""
-  path, axis = where_it_is
+  path, axis = at
   size = np.shape(model.arrays[path])[axis]
-  units = size // parts if of is None else of
+  units = size // max(parts, 1) if of is None else of
   if parts < 1 or units < 1 or size % (units * parts):
     expected = f"an axis of {parts} x {units} x (width of a unit)"
-    fail(where, [Problem(path, expected, f"{size} positions")], "Give of= (units) and parts=.")
+    refuse(path, expected, f"{size} positions", "Give of= (units) and parts=.")
   return _units.labels_of(size, units, parts), units
 
 
 def named(
-  model: Model, layer: str, at: Axis, labels: Labels, consumers: Sequence[Any], where: str
+  model: Model, layer: str, at: Axis, labels: Labels, consumers: Sequence[Any]
 ) -> tuple[dict[Axis, Labels], set[Axis]]:
   """Return the axes that grow, and which of them read the units, as the caller names them.
 
   Raises:
-    ValueError: a consumer does not exist or has no axis that fits the units.
+    Refusal: a consumer does not exist or has no axis that fits the units.
   """
-  found, readers = _own(model, layer, at, labels, where)
+  found, readers = _own(model, layer, at, labels)
+  refusals = Refusals()
   problems: list[Problem] = []
   for consumer in consumers:
     name, axis = consumer if isinstance(consumer, tuple) else (consumer, None)
-    below = [p for p in _model.check_layer(model, name, where)]
+    below = refusals.tried(_model.check_layer, model, name)
+    if below is None:
+      continue
     fitting = _reading(model, below, axis, labels)
     if not fitting:
       shapes = ", ".join(f"{p} {tuple(np.shape(model.arrays[p]))}" for p in below[:4])
@@ -111,20 +113,19 @@ def named(
       found[path, k] = np.tile(labels, np.shape(model.arrays[path])[k] // len(labels))
       readers |= {(path, k)} if reads else set()
   if problems:
-    fail(where, problems, "Give (path, axis) where the axis is another, or example inputs.")
+    refusals.add(problems, "Give (path, axis) where the axis is another, or example inputs.")
+  refusals.refuse_all()
   return found, readers
 
 
 def _own(
-  model: Model, layer: str, at: Axis, labels: Labels, where: str
+  model: Model, layer: str, at: Axis, labels: Labels
 ) -> tuple[dict[Axis, Labels], set[Axis]]:
   """The layer's own axes: its kernel's, its bias', and the other projections of an attention."""
   path, axis = at
   if _ends(path, *_RECURRENT):
     expected = "example inputs, for gates are found by tracing"
-    fail(
-      where, [Problem(layer, expected, "consumers only")], "Give inputs=, and forward= of trees."
-    )
+    refuse(layer, expected, "consumers only", "Give inputs=, and forward= of trees.")
   found, readers = {at: labels}, set()
   kernels = [path]
   if _ends(path, "query/kernel"):
@@ -161,17 +162,3 @@ def _reading(
     if shapes[path][k] % len(labels) == 0:
       found.append((path, k, True))
   return found
-
-
-def check_units(units: Any, mode: str, where: str) -> None:
-  """Raise unless units is how many to add and mode says how."""
-  if isinstance(units, bool) or not isinstance(units, (int, np.integer)):
-    fail(
-      where, [Problem("units", "a number of units", describe(units), TypeError)], "Write an int."
-    )
-  if units < 1:
-    remedy = "Growing only adds units; freeze those that should rest."
-    fail(where, [Problem("units", "one unit more, or several", str(units))], remedy)
-  if mode not in ("zero", "init", "copy"):
-    problem = Problem("mode", '"zero", "init" or "copy"', repr(mode))
-    fail(where, [problem], '"zero" and "copy" keep what the model computes.')

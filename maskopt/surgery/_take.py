@@ -12,6 +12,7 @@ from .._complaints import Complaint
 from .._errors import Problem, describe, fail
 from . import _edit, _model
 from ._edit import Edit, Leaf
+from ._refusals import Refusals
 from ._result import State, Surgery
 
 
@@ -34,9 +35,9 @@ def take(
       comes back as it is; or paths of several parts, which stay where they are in the tree. Of an
       nnx module: a path, or numbers of an `nnx.Sequential`'s layers.
     layers: network order of a tree, as in `maskopt.build_mask`.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the part, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`; everything is old, so the mask freezes everything. Arrays are shared, not copied.
   Raises:
@@ -63,8 +64,10 @@ def take(
   if edit.model.is_module:
     problem = Problem("which", "one part of an nnx module", f"{len(which)} of them")
     fail(where, [problem], "Take each by itself, or take several from nnx.state(model).")
+  refusals = Refusals()
   for name in which:
-    _model.check_layer(edit.model, name, where)
+    refusals.tried(_model.check_layer, edit.model, name)
+  refusals.raise_all(where)
   return edit.finish(_kept(edit, list(which)), state, where)
 
 
@@ -154,9 +157,9 @@ def append(
     layers: of an nnx module, modules or functions: an `nnx.Sequential` gets them as further layers,
       any other module becomes the first of an `nnx.Sequential`. Of a dict, dicts of new names. Of a
       list or tuple, its further elements.
-    opt_state: an optimizer state over the parameters, to be taken along.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state to be taken along, as in `grow`.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`: old parameters are frozen in the mask, those of the new layers train.
   Raises:

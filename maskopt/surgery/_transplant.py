@@ -99,9 +99,10 @@ def transplant(
       pattern names; or a function of the target's path that returns a source path. By default
       everything of the same path is copied.
     crop: copy the leading block where shapes differ; False skips such leaves.
-    opt_state: an optimizer state over the source's parameters: copied elements bring their moments.
-    tx: its transform.
-    to: the transform for the result, or a function of its freeze mask; by default `tx`.
+    opt_state: an optimizer state over the source's parameters, as in `grow`: copied elements bring
+      their moments.
+    tx: as in `grow`.
+    to: as in `grow`.
   Returns:
     A `Surgery`: the target with the copied values in its own dtypes; copied elements are frozen in
     the mask, the others train. `report` says of each leaf what was copied, cropped or skipped, and

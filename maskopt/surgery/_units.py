@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +59,15 @@ class GrownAxis:
   share: np.ndarray
 
   @property
-  def is_new(self) -> np.ndarray:
-    """Which positions were not there before."""
-    new = np.ones(self.size, bool)
-    new[self.kept] = False
-    return new
+  def before(self) -> int:
+    """The old size."""
+    return len(self.kept)
+
+  def spread(self, values: np.ndarray, new: Any) -> np.ndarray:
+    """What is known of each old position, at its new one; `new` for those that are new."""
+    wide = np.full(self.size, new, values.dtype)
+    wide[self.kept] = values
+    return wide
 
 
 def grown(labels: Labels, units: int, copied: np.ndarray) -> GrownAxis:
