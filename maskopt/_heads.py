@@ -75,7 +75,7 @@ _REMEDY = (
 )
 
 
-def head_mask(size: int, n: int, chosen: np.ndarray, parts: int, where: str) -> np.ndarray:
+def head_mask(size: int, n: int, chosen: slice | np.ndarray, parts: int, where: str) -> np.ndarray:
   """Return which of `size` positions belong to the chosen heads.
 
   position[p, h, d] = h in chosen        size = parts * n * d

@@ -17,47 +17,87 @@ _PARTS = "an index of ints, slices and lists of ints"
 _POSITIONS = "an int, ints, a slice or a bool array"
 
 
+_COUNT = "Count from 0; negative numbers count from the end."
+_SLICE = "Write a slice of ints, such as slice(3), slice(-2, None) or slice(0, None, 2)."
+_SHOWN = 12
+
+
 @dataclasses.dataclass(frozen=True)
 class Positions:
-  """Positions along an axis: a slice, ints, or the ints of a bool array of length `size`."""
+  """Positions along an axis: a slice, or ints as the bytes of an int64 array.
 
-  idx: slice | tuple[int, ...]
+  Attributes:
+    idx: the slice or the bytes; a tuple of as many ints would take the room five times.
+    size: length of the bool array that the ints come from, if they do.
+  """
+
+  idx: slice | bytes
   size: int | None = None
 
-  def __repr__(self) -> str:
-    return repr(self.idx if isinstance(self.idx, slice) else list(self.idx))
+  @property
+  def ints(self) -> np.ndarray:
+    """The ints; there are none of a slice."""
+    return np.frombuffer(self.idx if isinstance(self.idx, bytes) else b"", np.int64)
 
-  def within(self, n: int, what: str) -> np.ndarray:
-    """The positions along an axis of length n, not negative; raises `Complaint` outside it."""
-    if self.size not in (None, n):
-      raise Complaint(f"a bool array for {n} {what}", f"one for {self.size}", FITS)
+  def __repr__(self) -> str:
     if isinstance(self.idx, slice):
-      found = np.arange(n)[self.idx]
-      if n and not found.size:
-        raise Complaint(f"{what} among {n}", f"{self.idx}, which selects none", FITS)
-      return found
-    outside = [k for k in self.idx if not -n <= k < n]
-    if outside:
-      raise Complaint(f"{what} in [{-n}, {n - 1}]", str(outside)[1:-1][:60], FITS)
-    return np.asarray(self.idx, np.int64) % max(n, 1)
+      return repr(self.idx)
+    first = self.ints[:_SHOWN].tolist()
+    more = self.ints.size - len(first)
+    return f"[{', '.join(map(str, first))}, ... {more:,} more]" if more else repr(first)
+
+  def within(self, n: int, what: str, remedy: str = FITS) -> slice | np.ndarray:
+    """The positions along an axis of length n, not negative; raises `Complaint` outside it.
+
+    A slice comes back as one that steps upwards.
+    """
+    if self.size not in (None, n):
+      raise Complaint(f"a bool array for {n} {what}", f"one for {self.size}", remedy)
+    if isinstance(self.idx, slice):
+      found = range(*self.idx.indices(n))
+      if n and not found:
+        raise Complaint(f"{what} among {n}", f"{self.idx}, which selects none", remedy)
+      found = found if found.step > 0 else found[::-1]
+      return slice(found.start, found.stop, found.step)
+    outside = self.ints[(self.ints < -n) | (self.ints >= n)]
+    if outside.size:
+      got = str(outside[:_SHOWN].tolist())[1:-1] + (", ..." if outside.size > _SHOWN else "")
+      raise Complaint(f"{what} in [{-n}, {n - 1}]" if n else f"no {what}", got, remedy)
+    return self.ints % max(n, 1)
 
 
 def positions(idx: Any) -> Positions:
   """Read what a caller wrote; raises `Complaint` if it can be no positions of any axis."""
   _traced.refuse(idx, _POSITIONS)
   if isinstance(idx, slice):
-    return Positions(idx)
-  array = np.asarray(idx)
+    return Positions(_checked(idx))
+  try:
+    array = np.asarray(idx)
+  except ValueError:  # rows of several lengths
+    raise Complaint(_POSITIONS, describe(idx), _COUNT, TypeError) from None
   if array.dtype == np.bool_ and array.ndim == 1:
-    return Positions(tuple(np.flatnonzero(array).tolist()), array.size)
+    return Positions(np.flatnonzero(array).astype(np.int64).tobytes(), array.size)
   if array.size and (not np.issubdtype(array.dtype, np.integer) or array.ndim > 1):
-    remedy = "Count units from 0; negative ones count from the end."
-    raise Complaint(_POSITIONS, describe(array), remedy, TypeError)
-  return Positions(tuple(int(k) for k in array.reshape(-1)))
+    raise Complaint(_POSITIONS, describe(idx), _COUNT, TypeError)
+  if array.size and array.max() > np.iinfo(np.int64).max:
+    raise Complaint("ints of 64 bits", describe(idx), _COUNT)
+  return Positions(array.astype(np.int64).tobytes())
 
 
-def chosen(positions: np.ndarray, n: int) -> np.ndarray:
-  """The positions as bools along an axis of length n."""
+def _checked(part: slice) -> slice:
+  """The slice, of ints that slice something."""
+  ends = [x for x in (part.start, part.stop, part.step) if x is not None]
+  if any(isinstance(x, bool) or not isinstance(x, (int, np.integer)) for x in ends):
+    raise Complaint("a slice of ints", repr(part), _SLICE, TypeError)
+  if part.step == 0:
+    raise Complaint("a slice with a step", repr(part), _SLICE)
+  return part
+
+
+def chosen(positions: slice | np.ndarray, n: int) -> np.ndarray:
+  """The positions as bools along an axis of length n; one bool where it is all of them."""
+  if positions == slice(0, n, 1) if isinstance(positions, slice) else not n:
+    return np.ones(1, bool)
   keep = np.zeros(n, bool)
   keep[positions] = True
   return keep
@@ -74,7 +114,7 @@ def indexed(index: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(part, slice) and part == slice(None):
       continue
     keep = chosen(positions(part).within(n, f"indices of axis {axis}"), n)
-    mask = mask & keep.reshape([n if k == axis else 1 for k in range(len(shape))])
+    mask = mask & keep.reshape([-1 if k == axis else 1 for k in range(len(shape))])
   return mask
 
 

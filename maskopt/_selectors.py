@@ -205,7 +205,7 @@ def frozen(value: Any, leaf: Leaf) -> Any:
 
 
 def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
-  """The array with the rank of the parameter, a copy if it is NumPy's; raises `Complaint`."""
+  """The array with the rank of the parameter; raises `Complaint`."""
   rank, extra = len(shape), ""
   fits = array.ndim <= rank and all(
     n in (1, m) for n, m in zip(reversed(array.shape), reversed(shape), strict=False)
@@ -215,25 +215,29 @@ def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
     fits, extra = False, f" (one element on a larger leaf: write a {kind})"
   if not fits:
     raise Complaint(f"{kind} broadcastable to {shape}", describe(array) + extra, FITS)
-  array = array.reshape((1,) * (rank - array.ndim) + array.shape)
-  return np.array(array) if isinstance(array, np.ndarray) else array
+  return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
 def _compact(mask: Any) -> Any:
-  """A static mask without the axes it does not depend on; runtime masks stay as they are."""
+  """A copy of a static mask without the axes it does not depend on; runtime masks stay."""
   if isinstance(mask, jax.Array):
     return mask
   for axis, n in enumerate(mask.shape):
-    first = mask.take([0], axis) if n > 1 else mask
-    if n > 1 and np.array_equal(np.broadcast_to(first, mask.shape), mask):
+    before = (slice(None),) * axis
+    first, last = mask[(*before, slice(0, 1))], mask[(*before, slice(n - 1, n))]
+    if mask.strides[axis] == 0:  # a view made by np.broadcast_to
       mask = first
-  return bool(mask.all()) if mask.size <= 1 else mask
+    # The ends tell most masks apart; a comparison of all with the first would be one more mask.
+    elif n > 1 and np.array_equal(first, last):
+      every = np.logical_and.reduce(mask, axis=axis, keepdims=True)
+      if np.array_equal(every, np.logical_or.reduce(mask, axis=axis, keepdims=True)):
+        mask = every
+  return bool(mask.all()) if mask.size <= 1 else np.array(mask)
 
 
 def _along(axis: int, leaf: Leaf, keep: Any) -> Any:
   """The mask that depends on one axis only; `keep(n)` says on what of its n positions."""
-  shape = [1] * len(leaf.shape)
-  shape[axis] = leaf.shape[axis]
+  shape = [-1 if k == axis else 1 for k in range(len(leaf.shape))]
   return _compact(keep(leaf.shape[axis]).reshape(shape))
 
 
@@ -249,7 +253,8 @@ def _heads(value: Heads, leaf: Leaf) -> Any:
   axis = head_axis(leaf, value.of, value.axis)
   if axis is None:
     return False
-  wanted = value.idx.within(value.of, "heads")
+  remedy = "Count heads from 0 to of - 1; negative numbers count from the end."
+  wanted = value.idx.within(value.of, "heads", remedy)
   parts = parts_of(leaf, axis, value.of, value.parts)
   where = f"in shape {leaf.shape}"
   return _along(axis, leaf, lambda n: head_mask(n, value.of, wanted, parts, where))
@@ -278,7 +283,8 @@ def factor(value: Any, leaf: Leaf) -> Any:
     return float(array)
   if not jnp.issubdtype(array.dtype, np.floating):
     array = array.astype(np.float32)
-  return broadcastable(array, leaf.shape, "float")
+  array = broadcastable(array, leaf.shape, "float")
+  return np.array(array) if isinstance(array, np.ndarray) else array
 
 
 def _is_real(array: Any) -> bool:

@@ -286,6 +286,8 @@ def test_slips_say_which_units():
   assert "! d/kernel is frozen and bias trains: units 0, 1" in str(some)
   assert "20 units: 0, 1, 2, 3, 4, 5, 6, 7, and 12 more" in str(many)
   assert "all 30 units" in str(whole)
+  one = maskopt.summary({"w": np.ones(()), "b": np.ones(())}, {"w": True, "b": False})
+  assert "! w is frozen and b trains: the only unit" in str(one) and one.slips[0].units == ((),)
 
 
 def test_many_slips_are_shortened_on_screen_only():

@@ -3,6 +3,7 @@ import functools
 import operator
 import pickle
 import re
+import tracemalloc
 
 import equinox as eqx
 import hypothesis
@@ -296,6 +297,64 @@ def test_a_billion_elements_cost_kilobytes():
   assert rows.nbytes + columns.nbytes == 1 << 16
   given = maskopt.build_mask(params, [("w", np.arange(1 << 15) < 4)])["w"]
   assert given.shape == (1, 1 << 15)
+
+
+HUGE = {"w": jax.ShapeDtypeStruct((1_000_000, 50_000), jnp.float32)}
+COLUMNS = np.arange(50_000) < 5
+STRUCTURED = {  # the shape of the mask, and how many of it are frozen
+  "units": (maskopt.units([0, -1]), (1, 50_000), 2),
+  "flags": (maskopt.units(COLUMNS), (1, 50_000), 5),
+  "slice": (maskopt.units(slice(None, None, -2)), (1, 50_000), 25_000),
+  "every unit": (maskopt.units(slice(None)), None, None),
+  "rows": (A[:100], (1_000_000, 1), 100),
+  "every row, some columns": (A[:1_000_000, :3], (1, 50_000), 3),
+  "many rows": (A[np.arange(500_000)], (1_000_000, 1), 500_000),
+  "train_only": (maskopt.train_only(A[:, 3:]), (1, 50_000), 3),
+  "heads": (maskopt.heads(0, of=50, axis=1), (1, 50_000), 1000),
+  "array": (COLUMNS, (1, 50_000), 5),
+  "view": (np.broadcast_to(COLUMNS, (1_000_000, 50_000)), (1, 50_000), 5),
+  "view of one": (np.broadcast_to(np.True_, (1_000_000, 50_000)), None, None),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+@pytest.mark.filterwarnings("ignore:maskopt.build_mask. the mask freezes every")
+def test_structure_costs_its_axis_and_not_the_leaf(case):
+  """50 billion elements: a dense mask of them would not fit."""
+  value, shape, count = STRUCTURED[case]
+  maskopt.build_mask({"w": array(4, 50)}, [("w", True)])
+  tracemalloc.start()
+  mask = maskopt.build_mask(HUGE, [("w", value)])["w"]
+  both = maskopt.union({"w": mask}, maskopt.invert({"w": mask}))["w"]
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  if shape is None:
+    assert mask is True and both is True
+  else:
+    assert (mask.shape, np.count_nonzero(mask)) == (shape, count)
+    assert both.shape == shape and both.all()
+  assert peak < 10 * 2**20 if case == "many rows" else peak < 4 * 2**20
+
+
+def test_a_dense_mask_is_compared_without_a_second_one():
+  dense = np.zeros((2000, 2000), bool)
+  dense[:, 7] = True  # the first and the last row are alike, and so are all
+  tracemalloc.start()
+  mask = maskopt.build_mask({"w": jax.ShapeDtypeStruct((2000, 2000), jnp.float32)}, [("w", dense)])
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert mask["w"].shape == (1, 2000) and peak < 2000 * 2000 / 4
+  dense[5, 3] = True
+  mask = maskopt.build_mask({"w": array(2000, 2000)}, [("w", dense)])["w"]
+  np.testing.assert_array_equal(mask, dense)
+
+
+def test_many_units_are_shown_in_part():
+  assert repr(maskopt.units(np.arange(99))) == (
+    "units([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ... 87 more])"
+  )
+  with pytest.raises(ValueError, match=r"units in \[-3, 2\], got 3, 4, .* 14, \.\.\.\. Name fewer"):
+    maskopt.build_mask({"w": array(4, 3)}, [("w", maskopt.units(range(99)))])
 
 
 @pytest.mark.parametrize(

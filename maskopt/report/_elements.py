@@ -8,6 +8,7 @@ what trains.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,10 @@ def parts(layout: Layout, index: Index) -> list[tuple[Layout, Index]]:
 
 
 def trained_along(layout: Layout, index: Index) -> list[np.ndarray] | None:
-  """Per dimension, which positions train, if the trainable set is their product; else None."""
+  """Per dimension, which positions train, if the trainable set is their product; else None.
+
+  A dimension of which all do has one element, whatever its size.
+  """
   if isinstance(layout, Slice):
     starts = np.asarray(index["start"])
     chosen = [slice(s, s + b) for s, b in zip(starts, layout.block, strict=True)]
@@ -58,10 +62,20 @@ def trained_along(layout: Layout, index: Index) -> list[np.ndarray] | None:
     ]
   else:
     return None
-  along = [np.zeros(n, bool) for n in layout.shape]
-  for trains, where in zip(along, chosen, strict=True):
-    trains[where] = True
+  along = []
+  for n, b, where in zip(layout.shape, layout.block, chosen, strict=True):
+    trains = np.zeros(n if b != n else 1, bool)
+    trains[where if b != n else 0] = True
+    along.append(trains)
   return along
+
+
+def _product(along: Sequence[np.ndarray]) -> np.ndarray:
+  """The product of bools along each dimension, one element where it does not depend on it."""
+  product = np.ones((1,) * len(along), bool)
+  for axis, trains in enumerate(along):
+    product = product & np.expand_dims(trains, [k for k in range(len(along)) if k != axis])
+  return product
 
 
 def flat_positions(layout: Elements, index: Index) -> np.ndarray:
@@ -93,9 +107,7 @@ def frozen_mask(layout: Layout, index: Index) -> np.ndarray:
     return np.logical_and.reduce([frozen_mask(*part) for part in parts(layout, index)])
   along = trained_along(layout, index)
   if along is not None:
-    mask = np.ones(layout.shape, bool)
-    mask[np.ix_(*along)] = False
-    return mask
+    return np.broadcast_to(~_product(along), layout.shape)
   if isinstance(layout, Elements):
     mask = np.ones(layout.size, bool)
     mask[flat_positions(layout, index)] = False
@@ -107,25 +119,28 @@ def frozen_units(layout: Layout, index: Index, axes: Sequence[int]) -> np.ndarra
   """Which units are wholly frozen, a unit being one position along `axes`.
 
   Returns:
-    Bools of the shape the leaf has along `axes`. Costs what the layout holds and not the leaf.
+    Bools that broadcast to the shape the leaf has along `axes`, and of its rank. Costs what the
+    layout holds and not the leaf: one byte where all units are alike.
   """
-  shape = tuple(layout.shape[a] for a in axes)
   if isinstance(layout, (Frozen, Full)):
-    return np.full(shape, isinstance(layout, Frozen))
+    return np.full((1,) * len(axes), isinstance(layout, Frozen))
   if isinstance(layout, Joint):
-    return np.logical_and.reduce([frozen_units(*part, axes) for part in parts(layout, index)])
+    # One after another, for they have different shapes.
+    return functools.reduce(
+      np.logical_and, [frozen_units(*part, axes) for part in parts(layout, index)]
+    )
   along = trained_along(layout, index)
-  units = np.ones(shape, bool)
   if along is not None:
-    units[np.ix_(*(along[a] for a in axes))] = False
-    return units
+    return ~_product([along[a] for a in axes])
   if isinstance(layout, Elements):
+    units = np.ones(tuple(layout.shape[a] for a in axes), bool)
     positions = np.unravel_index(flat_positions(layout, index), layout.shape)
     units[tuple(positions[a] for a in axes)] = False
     return units
   mask = dense_mask(index)
-  others = tuple(a for a in range(len(layout.shape)) if a not in axes)
-  return np.broadcast_to(mask.all(axis=others), shape)
+  mask = mask.reshape((1,) * (len(layout.shape) - mask.ndim) + mask.shape)
+  others = tuple(a for a in range(mask.ndim) if a not in axes)
+  return np.logical_and.reduce(mask, axis=others)
 
 
 def packed_bytes(layout: Layout) -> int:

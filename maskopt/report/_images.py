@@ -68,13 +68,23 @@ def frozen_share(layout: Layout, index: Index, to: Grid) -> np.ndarray:
     return 1 - np.sum([1 - frozen_share(*part, to) for part in parts], axis=0)
   along = _elements.trained_along(layout, index)
   if along is not None:
-    rows = np.ones(1, bool)
-    for trains in along[:-1]:
-      rows = np.outer(rows, trains).reshape(-1)
-    return 1 - np.outer(_mean(rows, to.rows, 0), _mean(along[-1], to.columns, 0))
+    rows = _trained_rows(along[:-1], layout.shape[:-1], to)
+    whole = along[-1].size != to.shape[1]
+    columns = np.ones(to.blocks[1]) if whole else _mean(along[-1], to.columns, 0)
+    return 1 - np.outer(rows, columns)
   if isinstance(layout, Elements):
     return 1 - _density(_elements.flat_positions(layout, index), to)
   return _dense_share(_elements.dense_mask(index), layout.shape, to)
+
+
+def _trained_rows(along: list[np.ndarray], shape: tuple[int, ...], to: Grid) -> np.ndarray:
+  """The share of rows that train in each row of blocks; where all do, none is looked at."""
+  if all(trains.size == 1 for trains in along):
+    return np.ones(to.blocks[0])
+  rows = np.ones(1, bool)
+  for trains, n in zip(along, shape, strict=True):
+    rows = np.outer(rows, np.broadcast_to(trains, (n,))).reshape(-1)
+  return _mean(rows, to.rows, 0)
 
 
 def _mean(x: np.ndarray, starts: np.ndarray, axis: int) -> np.ndarray:

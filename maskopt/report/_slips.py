@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from .. import _tree
 from .._layout import Index, Layout
 from . import _elements
 from ._show import listed
+from ._units import Units
 
 # What stands beside a bias, and shares its units.
 _KERNELS = ("kernel", "weight", "scale", "w")
@@ -24,21 +26,22 @@ class Slip(NamedTuple):
   Attributes:
     frozen: path of the parameter whose units are wholly frozen.
     trains: path of its sibling, of which these units train.
-    units: their indices; of several dimensions, tuples.
+    units: their indices in order; of several dimensions, tuples. A sequence, made as it is read.
     of: how many units the layer has.
   """
 
   frozen: str
   trains: str
-  units: tuple[Any, ...]
+  units: Units
   of: int
 
   def __str__(self) -> str:
-    which = f"all {self.of:,} units" if len(self.units) == self.of else _named(self.units)
+    every = "the only unit" if self.of == 1 else f"all {self.of:,} units"
+    which = every if len(self.units) == self.of else _named(self.units)
     return f"{self.frozen} is frozen and {self.trains.rpartition('/')[2]} trains: {which}"
 
 
-def _named(units: tuple[Any, ...]) -> str:
+def _named(units: Units) -> str:
   if len(units) <= _UNITS_SHOWN:
     return f"unit{'s' if len(units) > 1 else ''} {listed(units, _UNITS_SHOWN)}"
   return f"{len(units):,} units: {listed(units, _UNITS_SHOWN)}"
@@ -63,17 +66,19 @@ def _compared(
   choices = list(_unit_axes(kernel.shape, bias.shape, path_is_weight=_is_weight(kernel_path)))
   if not choices:
     return
-  bias_units = _elements.frozen_units(bias, index, _wide_axes(bias.shape))
+  wide = _wide_axes(bias.shape)
+  shape = _at(bias.shape, wide)
+  bias_units = _elements.frozen_units(bias, index, wide)
   kernels = [_elements.frozen_units(kernel, kernel_index, axes) for axes in choices]
   # A square weight does not say which of its axes counts units: no alarm if the other one agrees.
-  if any(np.array_equal(units, bias_units) and units.any() for units in kernels[1:]):
+  if any(np.all(units == bias_units) and units.any() for units in kernels[1:]):
     return
   for frozen, trains, which in (
     (kernel_path, path, kernels[0] & ~bias_units),
     (path, kernel_path, bias_units & ~kernels[0]),
   ):
     if which.any():
-      yield Slip(frozen, trains, _indices(which), which.size)
+      yield Slip(frozen, trains, Units(which, shape), math.prod(shape))
 
 
 def _is_weight(path: str) -> bool:
@@ -101,10 +106,3 @@ def _unit_axes(
 
 def _at(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(shape[a] for a in axes)
-
-
-def _indices(which: np.ndarray) -> tuple[Any, ...]:
-  found = np.argwhere(which)
-  if which.ndim == 1:
-    return tuple(int(i) for i in found[:, 0])
-  return tuple(tuple(int(i) for i in row) for row in found)
