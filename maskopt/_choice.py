@@ -170,6 +170,11 @@ def _block_limit(layout: Layout, limits: Limits) -> float | None:
   return limits.rows if run >= limits.run_bytes else limits.columns
 
 
+def densest_elements() -> float:
+  """The largest share at which scattered elements are packed to be fast, on JAX's default."""
+  return _LIMITS.get(jax.default_backend(), _LIMITS["gpu"]).elements
+
+
 def _elements_pay(share: float, size: int, limits: Limits, prefer: Prefer) -> bool:
   if size > _INT32:
     return False

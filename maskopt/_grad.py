@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from . import _journal, _packing, _provenance, _slicer, _tree
+from . import _choice, _journal, _packing, _provenance, _slicer, _tree
 from ._errors import Problem, fail
 from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
@@ -87,7 +87,7 @@ def value_and_grad(
     params, with_params = _argument(args, argnums, where)
     layouts = _packing.layouts_of(freeze_mask, params, where, prefer="values")
     flat = layouts.flat(params, where)
-    split = _Split(layouts, flat)
+    split = _Split(layouts, flat, _densest(args, kwargs, packed))
 
     def of_trained(trained: list[Any]) -> Any:
       return fun(*with_params(split.merged(trained)), **kwargs)
@@ -101,7 +101,7 @@ def value_and_grad(
     value, gradients, plan = _evaluate(differentiated, split)
     _journal.write(lambda: [_note(whole, split, differentiated, plan)])
     leaves = [
-      leaf if layout is None else _presented(g, leaf, layout, index, packed)
+      leaf if layout is None else _presented(g, leaf, layout, index, packed, split.densest)
       for g, leaf, layout, index in zip(
         split.spread(gradients), flat.leaves, layouts.static.layouts, layouts.index, strict=True
       )
@@ -199,10 +199,11 @@ def _argument(
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-  """The leaves that train, apart from those that do not."""
+  """The leaves that train, apart from those that do not; and what is dense, see `_densest`."""
 
   layouts: Layouts
   flat: _tree.Flat
+  densest: float
 
   @property
   def _trains(self) -> list[bool]:
@@ -220,7 +221,9 @@ class _Split:
   def demands(self) -> list[Any]:
     """What the gradient of each trained leaf is wanted for."""
     triples = zip(self.layouts.static.layouts, self.layouts.index, self._trains, strict=True)
-    return [_demand(layout, index) for layout, index, trains in triples if trains and layout]
+    return [
+      _demand(layout, index, self.densest) for layout, index, trains in triples if trains and layout
+    ]
 
   def merged(self, trained: list[Any]) -> Any:
     """The whole argument with other trained leaves."""
@@ -234,10 +237,10 @@ class _Split:
     return [next(new) if trains else None for trains in self._trains]
 
 
-def _demand(layout: Layout, index: Index) -> Any:
+def _demand(layout: Layout, index: Index, densest: float) -> Any:
   if layout.blocks:
     return _regions(layout)
-  if _is_sampled(layout):
+  if _is_sampled(layout, densest):
     # The unused slots of a runtime mask lie past the end; `_values` zeroes what they read.
     return _slicer.Sampled(jnp.minimum(index["flat"], layout.size - 1))
   return _slicer.ALL
@@ -247,9 +250,23 @@ def _regions(layout: Layout) -> tuple[_slicer.Region, ...]:
   return tuple(_slicer.region(layout.shape, *sets) for sets in layout.blocks)
 
 
-def _is_sampled(layout: Layout) -> bool:
-  """Whether so few scattered elements train that a sampled product can pay."""
-  densest = max(density for _, density in SAMPLE_BELOW)
+_SAMPLED_BELOW = max(density for _, density in SAMPLE_BELOW)
+
+
+def _densest(args: Any, kwargs: Any, packed: bool) -> float:
+  """The share from which the scattered elements of a leaf are gathered from its whole gradient.
+
+  On one device a sampled product must pay. Where several share the sum, gathering first makes the
+  all-reduce as small as what trains, so it is done if anyone will gather at all.
+  """
+  arrays = (x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array))
+  if not any(_slicer.has_devices(jax.typeof(x)) for x in arrays):
+    return _SAMPLED_BELOW
+  return 1.0 if packed else max(_SAMPLED_BELOW, _choice.densest_elements())
+
+
+def _is_sampled(layout: Layout, densest: float = _SAMPLED_BELOW) -> bool:
+  """Whether the gradient is asked for single elements, and not for all."""
   return isinstance(layout, Elements) and layout.length < densest * layout.size
 
 
@@ -308,13 +325,16 @@ def _note(
   return _journal.Gradient(full, report.flops_sliced, tuple(report.stops), split.layouts)
 
 
-def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) -> Any:
+def _presented(
+  g: Any, leaf: Any, layout: Layout, index: Index, packed: bool, densest: float
+) -> Any:
   """One leaf's gradient as the caller gets it, remembered as what it was made of."""
   if isinstance(layout, Frozen):
     return Packed(None, layout) if packed else _no_gradient(leaf)
   if isinstance(layout, Full):
     return g
-  values = _values(g, layout, index)
+  sampled = _is_sampled(layout, densest)
+  values = _values(g, layout, index, sampled)
   if packed:
     return Packed(values, layout, index=index)
   full = values
@@ -322,21 +342,20 @@ def _presented(g: Any, leaf: Any, layout: Layout, index: Index, packed: bool) ->
     zeros = jnp.zeros(layout.shape, values.dtype)
     record = Record(layout, index, values)
     full = _provenance.made_of.remember(layout.put(values, zeros, index), record)
-  whole = not layout.blocks and not _is_sampled(layout)
+  whole = not layout.blocks and not sampled
   return _provenance.unmasked.remember(full, Record(layout, index, g)) if whole else full
 
 
-def _values(g: Any, layout: Layout, index: Index) -> Any:
+def _values(g: Any, layout: Layout, index: Index, sampled: bool) -> Any:
   """The packed values, of what was demanded by `_demand`."""
   if not layout.blocks:
-    sampled = _is_sampled(layout)
     return jnp.where(index["flat"] < layout.size, g, 0) if sampled else layout.take(g, index)
   if isinstance(layout, (Block, Slice)):
     return g[0]
   if isinstance(layout, Joint):
     blocks = iter(g)
     return Parts(
-      _values([next(blocks) for _ in part.blocks], part, index[str(k)])
+      _values([next(blocks) for _ in part.blocks], part, index[str(k)], sampled)
       for k, part in enumerate(layout.parts)
     )
   if isinstance(layout, Elements):

@@ -1,6 +1,7 @@
 """Evaluate a JAX program for the wanted blocks of its outputs only."""
 
 from ._flops import count_flops as count_flops
+from ._parts import has_devices as has_devices
 from ._plan import (
   ALL as ALL,
   NONE as NONE,

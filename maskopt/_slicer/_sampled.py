@@ -3,7 +3,8 @@
   sampled[k] = sum_m x[m, i_k] dy[m, j_k]        instead of  (x^T dy)[i_k, j_k]
 
 A pick stands in a demand where a region would, and passes through whatever moves or scales single
-elements (transposes, reshapes, casts, sums of terms, jit, remat, a scan's carry) to the matmul.
+elements (transposes, reshapes, casts, sums of terms, jit, remat, a scan's carry) to the matmul. If
+too many are picked for that, and several devices share the sum, each gathers from its own part.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._parts import Sum, pick_shared, shared_sum
 from ._region import Pick, full
 from ._rule import Equation, Piece, out_shape, rebind, shape_of
 
@@ -86,21 +88,59 @@ def _broadcast(eqn: Equation, pick: Pick) -> Piece | None:
 
 def _dot_general(eqn: Equation, pick: Pick) -> Piece | None:
   (lhs_sum, rhs_sum), (batch, _) = eqn.params["dimension_numbers"]
-  lhs, rhs = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
+  lhs = shape_of(eqn.invars[0])
   summed = math.prod(lhs[d] for d in lhs_sum)
   if batch or not _is_worth_it(pick.size, math.prod(out_shape(eqn)), summed):
-    return None
+    return _shared(eqn, pick)
   aval: Any = eqn.outvars[0].aval
-  dtype = aval.dtype
-  width = math.prod(n for d, n in enumerate(rhs) if d not in rhs_sum)
+
+  def read(shape: Sequence[int], where: Any, x: Any, y: Any, *, part: bool = False) -> Any:
+    del part
+    width = math.prod(shape[len(lhs) - len(lhs_sum) :])
+    left, right = _rows(x, lhs_sum), _rows(y, rhs_sum)
+    return _products(left, right, where // width, where % width, aval.dtype)
+
+  total = shared_sum(eqn)
+  if total is not None:
+    return _picked(eqn, pick, total._replace(read=read))
 
   def emit(picks: Sequence[jax.Array], x: Any, y: Any) -> Any:
-    where = locate(pick, picks[pick.key])
-    left, right = _rows(x, lhs_sum), _rows(y, rhs_sum)
-    return _products(left, right, where // width, where % width, dtype)
+    return read(out_shape(eqn), locate(pick, picks[pick.key]), x, y)
 
-  whole = [full(len(lhs)), full(len(rhs))]
-  return Piece(whole, emit, needs_picks=True)
+  return Piece([full(len(shape_of(v))) for v in eqn.invars], emit, needs_picks=True)
+
+
+def _shared(eqn: Equation, pick: Pick) -> Piece | None:
+  """A sum that devices share: each gathers from its own part."""
+  total = shared_sum(eqn)
+  return None if total is None else _picked(eqn, pick, total)
+
+
+def _reduce_sum(eqn: Equation, pick: Pick) -> Piece | None:
+  """A dimension of one element is no sum: broadcasting gives back what it added."""
+  shape = shape_of(eqn.invars[0])
+  single = all(shape[d] == 1 for d in eqn.params["axes"])
+  return Piece([pick], lambda x: x) if single else _shared(eqn, pick)
+
+
+def _picked(eqn: Equation, pick: Pick, total: Sum) -> Piece:
+  def emit(picks: Sequence[jax.Array], *operands: Any) -> Any:
+    return pick_shared(total, out_shape(eqn), locate(pick, picks[pick.key]), *operands)
+
+  return Piece([full(len(shape_of(v))) for v in eqn.invars], emit, needs_picks=True)
+
+
+def _scatter_add(eqn: Equation, pick: Pick) -> Piece | None:
+  """What is added is gathered as a shared sum; the operand, mostly zeros, is picked by itself."""
+  total = shared_sum(eqn)
+  if total is None:
+    return None
+  added = _picked(eqn, pick, total)
+
+  def emit(picks: Sequence[jax.Array], x: Any, *operands: Any) -> Any:
+    return x + added.emit(picks, *operands)
+
+  return Piece([pick, *added.ins[1:]], emit, needs_picks=True)
 
 
 def _is_worth_it(n: int, size: int, summed: int) -> bool:
@@ -141,6 +181,11 @@ PICKED: dict[str, PickRule] = {
   "expand_dims": _squeeze,
   "broadcast_in_dim": _broadcast,
   "dot_general": _dot_general,
+  "conv_general_dilated": _shared,
+  "reshard": _squeeze,  # between unsharded types: picks are never taken of a sharded one
+  "reduce_sum": _reduce_sum,
+  "scatter-add": _scatter_add,
+  "scatter_add": _scatter_add,
 }
 for _name in ("add_any", "add", "sub", "mul", "div", "neg", "convert_element_type", "copy",
               "reduce_precision", "name"):  # fmt: skip
