@@ -339,11 +339,17 @@ def _presented(
     return Packed(values, layout, index=index)
   full = values
   if not isinstance(layout, Dense):
-    zeros = jnp.zeros(layout.shape, values.dtype)
     record = Record(layout, index, values)
-    full = _provenance.made_of.remember(layout.put(values, zeros, index), record)
+    full = _provenance.made_of.remember(_among_zeros(values, layout, index), record)
   whole = not layout.blocks and not sampled
   return _provenance.unmasked.remember(full, Record(layout, index, g)) if whole else full
+
+
+def _among_zeros(values: Any, layout: Layout, index: Index) -> Any:
+  """The full-shaped gradient."""
+  if isinstance(layout, (Block, Slice)) and layout.blocks and _slicer.spread_pays(layout.shape):
+    return _slicer.spread(values, _regions(layout)[0], layout.shape)
+  return layout.put(values, jnp.zeros(layout.shape, values.dtype), index)
 
 
 def _values(g: Any, layout: Layout, index: Index, sampled: bool) -> Any:
@@ -361,6 +367,8 @@ def _values(g: Any, layout: Layout, index: Index, sampled: bool) -> Any:
   if isinstance(layout, Elements):
     return _slicer.in_order(g, _regions(layout), layout.shape)
   assert isinstance(layout, Dense)  # the values are the whole leaf
+  if len(g) == 1 and _slicer.spread_pays(layout.shape):
+    return _slicer.spread(g[0], _regions(layout)[0], layout.shape)
   whole = jnp.zeros(layout.shape, g[0].dtype)
   for sets, block in zip(layout.blocks, g, strict=True):
     whole = whole.at[jnp.ix_(*(np.asarray(s, np.int32) for s in sets))].set(block)

@@ -14,4 +14,5 @@ from ._plan import (
 )
 from ._region import Region as Region, region as region
 from ._sampled import Sampled as Sampled
+from ._spread import pays as spread_pays, spread as spread
 from ._union import in_order as in_order
