@@ -1,7 +1,6 @@
 """Evaluate a JAX program for the wanted blocks of its outputs only."""
 
 from ._flops import count_flops as count_flops
-from ._parts import has_devices as has_devices
 from ._plan import (
   ALL as ALL,
   NONE as NONE,
@@ -15,4 +14,5 @@ from ._plan import (
 from ._region import Region as Region, region as region
 from ._sampled import Sampled as Sampled
 from ._spread import pays as spread_pays, spread as spread
+from ._sums import has_devices as has_devices
 from ._union import in_order as in_order

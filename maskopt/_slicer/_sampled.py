@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._parts import Sum, pick_shared, shared_sum
+from ._parts import pick_shared
 from ._region import Pick, full
 from ._rule import Equation, Piece, out_shape, rebind, shape_of
+from ._sums import Sum, shared_sum
 
 GATHERED: Final = "scattered elements are gathered from the whole"  # where no product is sampled
 CHUNK: Final = 512  # products in flight: their operands stay in cache
