@@ -174,7 +174,7 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     return None
   array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
   if isinstance(array, np.ndarray):
-    return array
+    return array if size else bool(array.all())  # of no elements there is no structure
   count = mask.count if isinstance(mask, Runtime) else None
   if count is not None and not 0 <= count <= size:
     problems.append(Problem(path, f"a count of trainable elements in [0, {size}]", str(count)))
@@ -194,6 +194,8 @@ def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Proble
   known = {a for path in flat.paths for a in _tree.ancestors(path)}
   holes = {p for p, leaf in zip(flat.paths, flat.leaves, strict=True) if _tree.is_hole(leaf)}
   for path in mask_paths:
+    if not path and not flat.paths:
+      continue  # one value for a tree without parameters
     if path not in known and not any(a in holes for a in _tree.ancestors(path)):
       yield Problem(path, "a parameter", "none of that path")
 
@@ -204,13 +206,13 @@ def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
     return _traced.REMEDY
   if all(p.expected in ("a parameter", what) for p in problems):
     shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
-    return f"The parameters are {shown}. {build}"
+    return f"The parameters are {shown}. {build}" if shown else "The tree has no parameters."
   return build
 
 
 def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None:
   """Raise if an integer leaf trains or one array stands at two paths."""
-  problems, seen = [], {}
+  problems, shared, seen = [], [], {}
   for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True):
     if mask is None:
       continue
@@ -220,9 +222,11 @@ def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None
     if isinstance(leaf, (jax.Array, np.ndarray)):
       other = seen.setdefault(id(leaf), path)
       if other != path:
-        problems.append(Problem(path, "an array of its own", f"the one that is at {show(other)}"))
-  if problems:
-    fail(where, problems, "Freeze integer leaves; keep a shared array at one path.")
+        shared.append(Problem(path, "an array of its own", f"the one that is at {show(other)}"))
+  remedies = ["Freeze integer leaves."] * bool(problems)
+  remedies += ["Keep a shared array at one path, or copy it: jnp.array(x)."] * bool(shared)
+  if remedies:
+    fail(where, problems + shared, " ".join(remedies))
 
 
 def dtype_of(leaf: Any) -> Any:

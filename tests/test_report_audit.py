@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_named_all_at_once():
 
 
 def test_a_traced_tree_is_refused():
-  with pytest.raises(ValueError, match="at w, expected an array at hand .*outside jit"):
+  with pytest.raises(TypeError, match="at the root, expected parameters at hand, got traced ones"):
     jax.jit(lambda w: maskopt.snapshot({"w": w}).tree)(jnp.ones(2))
 
 

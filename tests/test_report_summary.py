@@ -108,8 +108,10 @@ def test_runtime_masks_are_read_now(count):
 
 
 def test_a_traced_mask_is_refused():
+  params = {"w": jnp.ones(2)}
+
   def traced(m):
-    return maskopt.summary({"w": jnp.ones(2)}, {"w": m}).frozen
+    return maskopt.summary(params, {"w": m}).frozen
 
   with pytest.raises(TypeError, match=r"maskopt.summary.*freeze mask at hand.*outside jit"):
     jax.jit(traced)(jnp.array([True, False]))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 from flax import nnx
 
 from .. import _tree
@@ -16,7 +17,7 @@ from .._packing import Layouts
 from . import _elements, _parts, _show
 from ._parts import Other
 from ._show import Shown, Table
-from ._snapshot import taken
+from ._snapshot import Snapshot, taken
 
 _WHERE = "maskopt.audit(before, after, freeze_mask)"
 _CHANGES_SHOWN = 3
@@ -33,7 +34,8 @@ class Change(NamedTuple):
     old, new = str(self.old), str(self.new)
     if old == new:  # two NaNs, say: only their bits tell them apart
       old, new = _with_bits(self.old), _with_bits(self.new)
-    return f"[{', '.join(map(str, self.position))}] {old} -> {new}"
+    place = f"[{', '.join(map(str, self.position))}] " if self.position else ""  # not of a scalar
+    return f"{place}{old} -> {new}"
 
 
 def _with_bits(x: Any) -> str:
@@ -177,7 +179,8 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
   Args:
     before: a `snapshot`, or a tree or module that no step has changed or donated since.
     after: a tree, a module, or another snapshot, with the same leaves.
-    freeze_mask: any freeze mask over the parameters, or `maskopt.mask_of(state)`.
+    freeze_mask: any freeze mask over the parameters, or `maskopt.mask_of(state)`; of
+      `optax.LookaheadParams` both copies are compared under it.
     limit: how many changed elements of a leaf are reported with position and values.
   Returns:
     An `Audit`: true if no frozen element changed. It counts per leaf, names the first changed
@@ -186,6 +189,7 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
   Raises:
     ValueError: the trees differ in paths, shapes or dtypes, or the mask does not fit; lists every
       leaf.
+    TypeError: the mask is not boolean, or it is called inside `jit`.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> params = {"w": jnp.array([0.0, 1.0])}
@@ -205,6 +209,23 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
   if source is not None:
     freeze_mask = _parts.under_own_names(freeze_mask, source, _WHERE)
   first, second = (taken(x, _WHERE, copy=False) for x in (before, after))
+  if not all(isinstance(x.tree, optax.LookaheadParams) for x in (first, second)):
+    return _audited(first, second, source, freeze_mask, limit)
+  audits = {
+    name: _audited(_copy(first, name), _copy(second, name), None, freeze_mask, limit)
+    for name in optax.LookaheadParams._fields
+  }
+  leaves = [x._replace(path=_tree.join(k, x.path)) for k, a in audits.items() for x in a.leaves]
+  return Audit(tuple(leaves))
+
+
+def _copy(snapshot: Snapshot, name: str) -> Snapshot:
+  """One of the two copies that lookahead keeps."""
+  return Snapshot(getattr(snapshot.tree, name), getattr(snapshot.specs, name), ())
+
+
+def _audited(first: Snapshot, second: Snapshot, source: Any, freeze_mask: Any, limit: int) -> Audit:
+  """Compare two snapshots of one tree; `source` is the module they are of, if they are."""
   params, mask, others = _parts.parts(first.tree, freeze_mask)
   specs = _parts.parts(first.specs, freeze_mask)[0]
   new_params, _, new_others = _parts.parts(second.tree, freeze_mask)

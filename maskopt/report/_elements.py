@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from .. import _packing
+from .. import _packing, _tree
 from .._errors import Problem, fail
 from .._joint import Joined, Joint
 from .._layout import Block, Elements, Frozen, Full, Index, Layout, Slice
 from .._packing import Layouts
+from ._parts import refuse_traced
 
 
 def analysed(freeze_mask: Any, params: Any, where: str) -> Layouts:
   """The layouts of a mask that can be read now; a traced one cannot."""
+  refuse_traced(_tree.flatten(params).leaves, where)
   layouts = as_stored(_packing.layouts_of(freeze_mask, params, where))
   if any(isinstance(x, core.Tracer) for x in jax.tree.leaves(layouts)):
     problem = Problem("", "a freeze mask at hand", "a traced one", TypeError)
@@ -146,7 +147,12 @@ def frozen_units(layout: Layout, index: Index, axes: Sequence[int]) -> np.ndarra
 def packed_bytes(layout: Layout) -> int:
   """Bytes of one copy of the packed values, of all parts together."""
   held = layout.packed_shape
-  return 0 if held is None else math.prod(held) * jnp.dtype(layout.dtype).itemsize
+  return 0 if held is None else math.prod(held) * item_bytes(layout)
+
+
+def item_bytes(layout: Layout) -> int:
+  """Bytes of one value as JAX holds it: without `jax_enable_x64` float64 becomes float32."""
+  return jax.dtypes.canonicalize_dtype(layout.dtype).itemsize
 
 
 def index_bytes(index: Index) -> int:

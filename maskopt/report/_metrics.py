@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from .. import _packing, _tree
+from .. import _copies, _packing, _tree
+from .._errors import fail
 from .._joint import Joint, Parts
 from .._layout import Frozen, Full, Index, Layout
 from .._masks import FreezeMask
@@ -42,7 +43,8 @@ def metrics(
     `param_norm_trainable` and `param_norm_frozen`. Python numbers, or scalars inside `jit`. Norms
     are taken in float32 at least, over float and complex leaves; a NaN makes only its own part NaN.
   Raises:
-    ValueError: the mask or a tree does not fit; TypeError: a mask leaf is not boolean.
+    ValueError: the mask or a tree does not fit, or has leaves without values.
+    TypeError: a mask leaf is not boolean.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> numbers = maskopt.metrics({"w": jnp.array([3.0, 4.0])}, {"w": np.array([True, False])})
@@ -109,7 +111,12 @@ def _frozen_share(trainable: Any, total: int) -> Any:
 
 
 def _norms(name: str, tree: Any, layouts: Layouts, per_leaf: bool) -> dict[str, Any]:
-  flat = layouts.flat(tree, f"maskopt.metrics({name}=...)" if name != "param" else _WHERE)
+  where = f"maskopt.metrics({name}=...)" if name != "param" else "maskopt.metrics(params, ...)"
+  tree = _copies.trained(tree)
+  problems = _parts.unreadable(tree)
+  if problems:
+    fail(where, problems, "Norms need values; maskopt.summary does without.")
+  flat = layouts.flat(tree, where)
   parts = {
     path: _squares(leaf, layout, index)
     for path, leaf, layout, index in zip(

@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import core
 
-from .. import _layers, _masks, _ties, _tree
+from .. import _copies, _layers, _masks, _ties, _tree
 from .._complaints import Complaint
-from .._errors import Problem
+from .._errors import Problem, fail
+from .._packed import is_packed
 from .._packing import Layouts
 
 
@@ -46,8 +47,10 @@ def parts(
   """Return the parameters, the mask over them, and everything else that the tree holds.
 
   The variables of linen come apart unless the mask speaks of the other collections too. A function
-  is a mask over the parameters and is left for the analysis to call.
+  is a mask over the parameters and is left for the analysis to call. Of the two copies that
+  lookahead keeps, the one that trains is returned.
   """
+  tree = _copies.trained(tree)
   if isinstance(tree, nnx.Module):
     return _tree.parameters(tree), under_own_names(freeze_mask, tree, where), beside(tree)
   if not _is_variables(tree):
@@ -154,6 +157,20 @@ def on_host(x: Any, path: str, problems: list[Problem], *, copy: bool) -> np.nda
   return (np.array if copy else np.asarray)(x, dtype=_masks.dtype_of(x))
 
 
+def refuse_traced(leaves: Sequence[Any], where: str) -> None:
+  """Raise one complaint for the whole tree inside jit, where a list of its leaves says no more."""
+  if any(isinstance(x, core.Tracer) for x in leaves):
+    problem = Problem("", "parameters at hand", "traced ones", TypeError)
+    fail(where, [problem], "Call it outside jit, on what jit returns.")
+
+
+def unreadable(tree: Any) -> list[Problem]:
+  """Complaints about leaves that have no values at all: abstract or donated ones."""
+  flat = _tree.flatten(tree, is_leaf=is_packed)
+  reasons = ((p, _valueless(x)) for p, x in zip(flat.paths, flat.leaves, strict=True))
+  return [Problem(path, *reason) for path, reason in reasons if reason is not None]
+
+
 def is_readable(x: Any) -> bool:
   """Whether the host can read the values of a leaf now."""
   return _unreadable(x) is None
@@ -162,11 +179,15 @@ def is_readable(x: Any) -> bool:
 def _unreadable(x: Any) -> tuple[str, str] | None:
   """What was expected and what came, of a leaf that the host cannot read."""
   if isinstance(x, core.Tracer):
-    return "an array at hand (call this outside jit)", "a traced one"
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return "an array", "an abstract one without values"
+    return "an array at hand", "a traced one"
   if not getattr(x, "is_fully_addressable", True):
     return "an array that this process holds wholly", "one sharded over several processes"
-  if isinstance(x, jax.Array) and x.is_deleted():
+  return _valueless(x)
+
+
+def _valueless(x: Any) -> tuple[str, str] | None:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return "an array", "an abstract one without values"
+  if isinstance(x, jax.Array) and not isinstance(x, core.Tracer) and x.is_deleted():
     return "an array that still exists (take the snapshot before the step)", "one that was donated"
   return None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .. import _tree
+from .. import _copies, _tree
 from .._errors import show
 from .._layout import Index, Layout
 from .._masks import FreezeMask
@@ -66,6 +66,7 @@ def plot(
   Raises:
     ImportError: matplotlib is not installed.
     ValueError: the mask does not fit, or the trees differ.
+    TypeError: the mask is not boolean, or it is called inside `jit`.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> figure = maskopt.plot({"w": jnp.ones((4, 3))}, {"w": np.array([True, False, False])})
@@ -111,7 +112,7 @@ def _panels(params: Any, freeze_mask: Any, before: Any) -> list[_Panel]:
     _panel(path, layout, index, old and old[path], new and new[path])
     for path, layout, index in (
       (flat.paths[i], layouts.static.layouts[i], layouts.index[i])
-      for i in _parts.network_order(params, flat.paths)
+      for i in _parts.network_order(_copies.trained(params), flat.paths)
     )
     if layout is not None and layout.size
   ]

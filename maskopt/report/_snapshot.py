@@ -53,7 +53,8 @@ def snapshot(params: Any) -> Snapshot:
   Returns:
     A `Snapshot`, to be given to `audit` or `plot` as `before`; `.tree` holds the arrays.
   Raises:
-    ValueError: a leaf is traced, abstract, donated, or not wholly on this process; lists every one.
+    ValueError: a leaf is abstract, donated, or not wholly on this process; lists every one.
+    TypeError: it is called inside `jit`.
   Example:
     >>> import jax.numpy as jnp, maskopt
     >>> before = maskopt.snapshot({"w": jnp.array([1.0, 2.0])})
@@ -71,6 +72,7 @@ def taken(tree: Any, where: str, *, copy: bool) -> Snapshot:
     return tree
   others = _parts.beside(tree)
   flat = _tree.flatten(tree)
+  _parts.refuse_traced(flat.leaves, where)
   # Every copy to the host starts before the first one is waited for.
   for leaf in [*flat.leaves, *(x.value for x in others)]:
     _start_copy(leaf)

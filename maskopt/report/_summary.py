@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import _carrying, _masks, _ties, _tree
+from .. import _carrying, _copies, _masks, _ties, _tree
 from .._errors import show
 from .._layout import Index, Layout
 from .._masks import FreezeMask
@@ -182,13 +182,15 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
   the reverse, are marked and named.
 
   Args:
-    params: a tree of arrays or of `jax.ShapeDtypeStruct`, linen's variables, or a module.
+    params: a tree of arrays or of `jax.ShapeDtypeStruct`, linen's variables, or a module; of
+      `optax.LookaheadParams` the fast copy is shown.
     freeze_mask: any freeze mask over them, or `maskopt.mask_of(state)`; without one every float
       trains but what nnx modules freeze by masks of their own.
   Returns:
     A `Summary` that prints itself; `.rows`, `.slips` and the totals are there as data.
   Raises:
-    ValueError: the mask does not fit; TypeError: it is not boolean, or an integer leaf would train.
+    ValueError: the mask does not fit.
+    TypeError: it is not boolean, an integer leaf would train, or it is called inside `jit`.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
@@ -210,7 +212,7 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
     (0,)
   """
   where = "maskopt.summary(freeze_mask=...)"
-  source = params
+  source = params = _copies.trained(params)
   params, freeze_mask, others = _parts.parts(params, freeze_mask, where)
   flat = _tree.flatten(params)
   if freeze_mask is None:
@@ -249,7 +251,7 @@ def _trains(leaf: Any) -> bool:
 
 def _row(path: str, layout: Layout, index: Index, leaf: Any) -> Row:
   dtype = _masks.dtype_of(leaf)
-  dense = 2 * layout.size * jnp.dtype(layout.dtype).itemsize if _trains(leaf) else 0
+  dense = 2 * layout.size * _elements.item_bytes(layout) if _trains(leaf) else 0
   held = 2 * _elements.packed_bytes(layout) + _elements.index_bytes(index)
   frozen = _elements.frozen_count(layout, index)
   return Row(path, layout.shape, str(dtype), layout.size, frozen, layout.kind, held, dense)
