@@ -59,10 +59,11 @@ class NnxAttention(nnx.Module):
 
 class LinenMLP(nn.Module):
   units: int = 5
+  outputs: int = 2
 
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(2, name="head")(jnp.tanh(nn.Dense(self.units, name="hidden")(x)))
+    return nn.Dense(self.outputs, name="head")(jnp.tanh(nn.Dense(self.units, name="hidden")(x)))
 
 
 class LinenCNN(nn.Module):

@@ -69,6 +69,16 @@ def _norm(layer: Any) -> dict[str, Any]:
   return {"num_features": sizes[0]} if sizes and isinstance(layer.num_features, int) else {}
 
 
+def _group_norm(layer: Any) -> dict[str, Any]:
+  """Groups keep their size, and one group over everything stays one."""
+  sizes = [x.shape[-1] for x in (layer.scale, layer.bias) if x is not None]
+  if not sizes:
+    return {}
+  if layer.num_groups == 1:
+    return {"group_size": sizes[0]}
+  return {"num_groups": sizes[0] // layer.group_size}
+
+
 def _lstm(cell: Any) -> dict[str, Any]:
   return {"in_features": cell.ii.kernel.shape[-2], "hidden_features": cell.hi.kernel.shape[-2]}
 
@@ -99,6 +109,7 @@ _SIZES: tuple[tuple[Any, Callable[[Any], dict[str, Any]]], ...] = (
   (nnx.ConvTranspose, _conv_transpose),
   (nnx.Embed, _embed),
   ((nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm), _norm),
+  (nnx.GroupNorm, _group_norm),
   (nnx.LSTMCell, _lstm),
   ((nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell), _cell),
   (nnx.MultiHeadAttention, _attention),

@@ -60,6 +60,14 @@ def _elementwise(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequenc
         network.same((v, axis), (out, axis))
 
 
+@_relation("bitcast_convert_type")
+def _bitcast(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequence[Value]) -> None:
+  if ins[0].shape == outs[0].shape:
+    _parallel(network, eqn, ins, outs)
+  else:  # to a dtype of another width
+    _closed(network, eqn, ins, outs)
+
+
 @_relation("optimization_barrier")
 def _parallel(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequence[Value]) -> None:
   for v, out in zip(ins, outs, strict=True):
@@ -189,11 +197,11 @@ def _slice(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequence[Valu
 @_relation("dynamic_slice", "dynamic_update_slice")
 def _dynamic(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequence[Value]) -> None:
   for axis in range(len(outs[0].shape)):
-    sources = ins[:1] if eqn.primitive.name == "dynamic_slice" else ins[:2]
-    for v in sources:
+    picks = eqn.primitive.name == "dynamic_slice"
+    for v in ins[:1] if picks else ins[:2]:
       if v.shape[axis] == outs[0].shape[axis]:
         network.same((v, axis), (outs[0], axis))
-      else:
+      elif not (picks and outs[0].shape[axis] == 1):  # one entry, as of a vocabulary, ends here
         network.block(v, [axis], _name(eqn))
 
 
@@ -229,7 +237,7 @@ def _gather(network: Network, eqn: Any, ins: Sequence[Value], outs: Sequence[Val
   for source, axis in zip(kept, numbers.offset_dims, strict=True):
     if sizes[source] == ins[0].shape[source]:
       network.same((ins[0], source), (outs[0], axis))
-    else:
+    elif sizes[source] != 1:
       network.block(ins[0], [source], _name(eqn))
       network.block(outs[0], [axis], _name(eqn))
   network.block(ins[0], numbers.operand_batching_dims, _name(eqn))

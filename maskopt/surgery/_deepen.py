@@ -83,7 +83,9 @@ def deepen(
   done = edit.finish(tree, state, _WHERE)
   forward = _model.forward_of(old, forward)
   if inputs is not None and forward is not None:
-    change = _preserved.difference(old, done.model, forward, new_forward, inputs, None, _WHERE)
+    change = _preserved.difference(
+      *(old, done.model, forward, new_forward, inputs, None, layer), _WHERE
+    )
     if change is not None:
       _preserved.check(change, old, "identity", layer, _WHERE)
   return done

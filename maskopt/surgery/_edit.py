@@ -84,13 +84,20 @@ def _variables(module: Any) -> dict[int, str]:
   }
 
 
+_FOREIGN = (
+  "Parts of a dict, a list, a tuple or an nnx module can be exchanged. Of another, an Equinox one, "
+  "build the new module (eqx.tree_at) and let maskopt.surgery.transplant bring weights and state."
+)
+
+
 def get(node: Any, path: str, where: str) -> Any:
   """The part of a tree or module at a path; raises if there is none."""
   done: list[str] = []
   for name in path.split("/") if path else ():
     names = _names(node)
     if name not in names:
-      remedy = f"The parts there are {', '.join(names[:16])}." if names else "It has no parts."
+      remedy = "It has no parts." if isinstance(node, Leaf) else _FOREIGN
+      remedy = f"The parts there are {', '.join(names[:16])}." if names else remedy
       fail(where, [Problem(_tree.join(*done, name), "a part of the model", "none")], remedy)
     node = _child(node, name)
     done.append(name)

@@ -159,13 +159,13 @@ def grow(
   refusals.raise_all(_WHERE)
   seed = jax.random.key(0) if key is None else key
   arrays, placements = _widen.arrays(old, axes, init, seed, _WHERE)
-  new = old.rebuilt(arrays)
-  difference = None
+  new = old.rebuilt(arrays, placements)
+  difference, names = None, ", ".join(r.layer for r in requests)
   if inputs is not None and forward is not None:
-    difference = _preserved.difference(old, new, forward, new_forward, inputs, kept, _WHERE)
+    given = old, new, forward, new_forward, inputs, kept, names
+    difference = _preserved.difference(*given, _WHERE)
   modes = {r.mode for r in requests}
   if difference is not None and "init" not in modes:
-    names = ", ".join(r.layer for r in requests)
     _preserved.check(difference, old, " and ".join(sorted(modes)), names, _WHERE)
   layers = tuple((r.layer, r.units, r.units + r.more) for r in reaches)
   growth = Growth(layers, _leaves(old, arrays, axes), difference)

@@ -110,4 +110,4 @@ def _resized(old: Model, layer: str, outputs: int, init: Any, key: Any, state: S
   placements: dict[str, Placement] = {}
   for p in old.params - set(arrays):
     placements[old.inside(p)] = _placement.whole(old.inside(p), len(np.shape(old.arrays[p])))
-  return result(old.source, old.rebuilt(arrays), placements, state, _WHERE)
+  return result(old.source, old.rebuilt(arrays, placements), placements, state, _WHERE)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from .. import _calls, _tree
+from .. import _calls, _ties, _tree
 from .._errors import describe
-from . import _attributes
+from . import _attributes, _carried
+from ._placement import Placement
 from ._refusals import refuse
 
 
@@ -57,12 +59,27 @@ class Model:
     """The path within the network: linen variables have their collection in front of it."""
     return path.partition("/")[2] if self.is_variables else path
 
+  def name(self, layer: str) -> str:
+    """The path that the state has for a layer: a shared one goes by any of its names."""
+    for alias, path in _ties.aliases(self.source):
+      if _tree.covers(layer, alias):
+        return path[: len(path) - len(alias[len(layer) :])]
+    return layer
+
   def below(self, layer: str) -> list[str]:
     """The paths of the arrays that a layer holds."""
+    layer = self.name(layer)
     return [p for p in self.arrays if _tree.covers(layer, self.inside(p)) or p == layer]
 
-  def rebuilt(self, arrays: Mapping[str, Any]) -> Any:
-    """The same model with other arrays at some paths; modules get the sizes that go with them."""
+  def rebuilt(
+    self, arrays: Mapping[str, Any], placements: Mapping[str, Placement] | None = None
+  ) -> Any:
+    """The same model with other arrays at some paths; modules get the sizes that go with them.
+
+    Args:
+      arrays: the new ones.
+      placements: where old elements stand in parameters that have other shapes now.
+    """
     leaves = list(self.flat.leaves)
     for k in self._live:
       leaves[k] = arrays.get(self.flat.paths[k], leaves[k])
@@ -71,6 +88,9 @@ class Model:
       return tree
     module = nnx.merge(self._graph, tree)
     _attributes.refit(module)
+    if placements is not None:
+      shapes = {p: np.shape(x) for p, x in self.arrays.items()}
+      _carried.refit(module, shapes, placements)
     return module
 
   def called(self, forward: Callable, arrays: Sequence[Any], inputs: Sequence[Any]) -> Any:
@@ -96,7 +116,15 @@ def is_variables(tree: Any) -> bool:
 
 def parameters(source: Any) -> Any:
   """What an optimizer trains of a model: what freeze masks and optimizer states speak of."""
-  return source["params"] if is_variables(source) else _tree.parameters(source)
+  if isinstance(source, nnx.Module):
+    return _tree.parameters(source)
+  if is_variables(source):
+    return source["params"]
+  flat = _tree.flatten(source)
+  # What an Equinox module holds beside arrays, functions for instance, is none of an optimizer's.
+  odd = [_tree.is_hole(x) and not _tree.is_opaque(x) for x in flat.leaves]
+  pairs = zip(odd, flat.leaves, strict=True)
+  return flat.unflatten([None if o else x for o, x in pairs]) if any(odd) else source
 
 
 def check_layer(model: Model, layer: Any) -> list[str]:
@@ -116,7 +144,7 @@ def forward_of(model: Model, forward: Any) -> Callable | None:
   """The forward as a function of the model and its inputs; None if nobody said what it is."""
   if _calls.is_linen(forward):
     return functools.partial(_applied, forward)
-  if forward is None and model.is_module and callable(model.source):
+  if forward is None and callable(model.source):
     return _call
   return forward
 

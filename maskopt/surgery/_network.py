@@ -44,6 +44,8 @@ class Network:
   """The axes of a program, how units pass between them, and where they cannot pass."""
 
   def __init__(self) -> None:
+    # What the program is doing where relations are being told; errors name it.
+    self.place = ""
     self._moves: dict[Node, list[Move]] = {}
     self._blocks: dict[Node, str] = {}
     self._flows: list[tuple[Node, Node]] = []
@@ -81,7 +83,7 @@ class Network:
   def block(self, value: Value, axes: Sequence[int], reason: str) -> None:
     """Say that no unit may be added along these axes."""
     for axis in axes:
-      self._blocks.setdefault((value, axis), reason)
+      self._blocks.setdefault((value, axis), reason + self.place)
 
   def contract(self, a: Node, b: Node) -> None:
     """Two axes whose products are summed up."""
@@ -97,7 +99,7 @@ class Network:
         continue
       for one, here, other, there in ((source, ins, target, outs), (target, outs, source, ins)):
         for place, axis in enumerate(here):
-          self.move((one, axis), _regrouped(one, here, place, other, there))
+          self.move((one, axis), _regrouped(one, here, place, other, there, self.place))
       for a in ins:
         for b in outs:
           self.flow((source, a), (target, b))
@@ -149,13 +151,13 @@ class Network:
 
 
 def _regrouped(
-  one: Value, here: Sequence[int], place: int, other: Value, there: Sequence[int]
+  one: Value, here: Sequence[int], place: int, other: Value, there: Sequence[int], where: str
 ) -> Move:
   """The move of one axis of a group of axes to the group it is reshaped to."""
 
   def move(labels: Labels) -> Iterator[tuple[Node, Labels]]:
     flat = _units.flattened(labels, [one.shape[k] for k in here], place)
-    axis, found = _units.split(flat, [other.shape[k] for k in there])
+    axis, found = _units.split(flat, [other.shape[k] for k in there], where)
     yield (other, there[axis]), found
 
   return move

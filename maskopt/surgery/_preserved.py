@@ -25,6 +25,7 @@ def difference(
   new_forward: Any,
   inputs: Any,
   kept: Sequence[dict[int, np.ndarray]] | None,
+  layer: str,
   where: str,
 ) -> float | None:
   """Return the largest change of an old output, relative to the largest output.
@@ -36,6 +37,7 @@ def difference(
     new_forward: of the new model; None for the same one, unless that knows the old size.
     inputs: example inputs; abstract ones compare nothing.
     kept: for each output and axis that grew, where the old entries stand; None for the first ones.
+    layer: what has changed, for errors.
     where: the call that errors name.
   Returns:
     None if there is nothing to compare. Infinity where an output appears or loses a NaN.
@@ -52,11 +54,18 @@ def difference(
   try:
     after_out = jax.tree.leaves(model.called(after, list(model.arrays.values()), given)[0])
   except (TypeError, ValueError) as error:
-    problem = Problem("", "a forward that takes its sizes from the parameters", str(error)[:200])
-    fail(where, [problem], "Give new_forward=, the forward of the new model.")
+    reason = str(error).strip().split("\n")[0][:300].rstrip(".")
+    expected = "a forward that takes its sizes from the parameters"
+    remedy = (
+      "Give new_forward=, the forward of the new model; or parts=, if several groups of units lie "
+      "side by side on the axis (gates; query, key and value)."
+    )
+    fail(where, [Problem(layer, expected, f"an error: {reason}")], remedy)
   if len(before_out) != len(after_out):
     got = f"{len(after_out)} outputs in place of {len(before_out)}"
-    fail(where, [Problem("", "the same outputs", got)], "Give new_forward= with the same outputs.")
+    fail(
+      where, [Problem(layer, "the same outputs", got)], "Give new_forward= with the same outputs."
+    )
   worst = 0.0
   for n, (a, b) in enumerate(zip(before_out, after_out, strict=True)):
     if not (hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.inexact)):
@@ -94,7 +103,11 @@ def _change(a: np.ndarray, b: np.ndarray) -> float:
 
 def check(change: float, old: Model, mode: str, layer: str, where: str) -> None:
   """Raise unless the old outputs are what they were, up to rounding."""
-  floats = [x.dtype for x in old.arrays.values() if jnp.issubdtype(x.dtype, jnp.inexact)]
+  floats = [
+    x.dtype
+    for x in old.arrays.values()
+    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
   eps = max((float(jnp.finfo(d).eps) for d in floats), default=0.0)
   if change <= min(_ROUNDINGS * eps, 0.1):
     return

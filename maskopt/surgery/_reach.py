@@ -82,8 +82,8 @@ def reached(
       distinct[same] = dataclasses.replace(distinct[same], layer=both)
   for a, b in itertools.combinations(distinct, 2):
     refusals.tried(_check_apart, a, b)
-  for reach in distinct:
-    refusals.tried(_check_heard, reach, distinct)
+  for reach in _unheard(distinct):
+    refusals.tried(_refuse_unheard, reach)
   return distinct, refusals
 
 
@@ -116,11 +116,15 @@ class _Traced:
   def __init__(self, old: Model, forward: Callable, inputs: Any) -> None:
     arrays, fill = _model.split_inputs(inputs)
 
-    def run(leaves: Any, given: Any) -> Any:
-      return old.called(forward, leaves, fill(given))
+    # Numbers and flags that stand in a tree without an array are the program's own.
+    held = {p: x for p, x in old.arrays.items() if hasattr(x, "shape")}
 
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(list(old.arrays.values()), arrays)
-    self._leaves = {p: Value(tuple(np.shape(x)), is_weight=True) for p, x in old.arrays.items()}
+    def run(leaves: Any, given: Any) -> Any:
+      known = {**old.arrays, **dict(zip(held, leaves, strict=True))}
+      return old.called(forward, list(known.values()), fill(given))
+
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(list(held.values()), arrays)
+    self._leaves = {p: Value(tuple(np.shape(x)), is_weight=True) for p, x in held.items()}
     given = [Value(tuple(x.shape), f"input {k}") for k, x in enumerate(arrays)]
     self._network, results = _trace.network_of(closed, [*self._leaves.values(), *given])
     for value in given:
@@ -178,20 +182,25 @@ def _check_apart(a: Reach, b: Reach) -> None:
     refuse(b.layer, f"units beside those of {a.layer}", got, remedy)
 
 
-def _check_heard(reach: Reach, reaches: Sequence[Reach]) -> None:
-  """Raise where new units would say nothing to anyone, for all who could hear them are old."""
-  if reach.mode != "progressive" or not reach.readers or any(reach.outputs):
-    return
-  heard = {
-    path for r in reaches if r is not reach for (path, k) in r.axes if (path, k) not in r.readers
-  }
-  readers = dict.fromkeys(path for path, _ in sorted(reach.readers))
-  if heard.isdisjoint(readers):
-    expected = 'a consumer with new units of its own: mode="progressive" freezes the zeros to old'
-    remedy = (
-      'Grow a consumer in the same call, {layer: units, consumer: units}, or use mode="zero".'
-    )
-    refuse(reach.layer, expected, f"old ones at {', '.join(readers)}", remedy)
+def _unheard(reaches: Sequence[Reach]) -> list[Reach]:
+  """Those whose new units no output depends on: the mask freezes zeros on every way there."""
+  heard = [r for r in reaches if r.mode != "progressive" or not r.readers or any(r.outputs)]
+  left = [r for r in reaches if r not in heard]
+  while True:
+    makes = {path for r in heard for (path, k) in r.axes if (path, k) not in r.readers}
+    more = [r for r in left if any(path in makes for path, _ in r.readers)]
+    if not more:
+      return left
+    heard += more
+    left = [r for r in left if r not in more]
+
+
+def _refuse_unheard(reach: Reach) -> None:
+  readers = ", ".join(dict.fromkeys(path for path, _ in sorted(reach.readers)))
+  expected = "new units further on that read the new ones, as far as an output"
+  got = f'none: {readers} would read them, and mode="progressive" freezes those zeros'
+  remedy = 'Grow a consumer in the same call, {layer: units, consumer: units}, or use mode="zero".'
+  refuse(reach.layer, expected, got, remedy)
 
 
 def _of(reach: Reach, axis: Axis) -> Iterator[Labels]:

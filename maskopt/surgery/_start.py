@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from .. import _layers, _tree
@@ -18,7 +19,7 @@ Axis = tuple[str, int]
 
 # A cell's kernel that reads its own hidden state tells how many units the cell has, whatever gates
 # lie side by side in the others.
-_RECURRENT = ("hi/kernel", "dense_h/kernel", "hn/kernel", "h/kernel")
+_RECURRENT = ("hi/kernel", "dense_h/kernel", "hn/kernel", "h/kernel", "weight_hh")
 _KERNELS = ("kernel", "weight", "embedding", "w")
 _HEADS = ("query", "key", "value")
 
@@ -30,6 +31,7 @@ def axis_of(model: Model, layer: str, axis: int | None) -> Axis:
     Refusal: no such layer, or several parameters that may be meant.
   """
   below = [p for p in _model.check_layer(model, layer) if p in model.params]
+  layer = model.name(layer)
   shapes = {p: tuple(np.shape(model.arrays[p])) for p in below}
   path = _main(layer, shapes, model)
   if path is None:
@@ -53,7 +55,8 @@ def _main(layer: str, shapes: dict[str, tuple[int, ...]], model: Model) -> str |
   for names in (_RECURRENT, ("query/kernel",)):
     found = [p for n in names for p in shapes if _ends(p, n)]
     if found:  # of one cell, one attention
-      owners = {tuple(p.split("/")[:-2]) for p in found}
+      depth = 1 + found[0].endswith("/kernel")
+      owners = {tuple(p.split("/")[:-depth]) for p in found}
       return found[0] if len(owners) == 1 else None
   named = [p for p in shapes if model.inside(p) in [_tree.join(layer, n) for n in _KERNELS]]
   wide = [p for p, shape in shapes.items() if len(shape) > 1]
@@ -69,12 +72,26 @@ def _ends(path: str, *names: str) -> bool:
 def _usual_axis(path: str, rank: int, layer: str, model: Model) -> int:
   name = path.rpartition("/")[2]
   is_cell = _ends(path, *_RECURRENT) and model.inside(path) != layer
+  if name == "weight_hh":
+    return 1
+  if _is_embedding(model.source, path):
+    return 0
   if name == "embedding" or is_cell:
     return 0
   if _ends(path, "query/kernel") and rank == 3:
     return 1
   out_first = _layers.out_first(model.source)
   return 0 if path.rpartition("/")[0] in out_first else -1
+
+
+def _is_embedding(source: Any, path: str) -> bool:
+  """Whether a leaf belongs to an Equinox embedding, of which tokens come first."""
+
+  def is_one(x: Any) -> bool:
+    return any(c.__module__ == "equinox.nn._embedding" for c in type(x).__mro__)
+
+  found = jax.tree_util.tree_flatten_with_path(source, is_leaf=is_one)[0]
+  return any(is_one(x) and _tree.covers(_tree.path_of(keys), path) for keys, x in found)
 
 
 def start(model: Model, at: Axis, of: int | None, parts: int) -> tuple[Labels, int]:
@@ -137,8 +154,10 @@ def _own(
       readers.add((f"{root}out/kernel", 0))
   for kernel in kernels:
     bias = _tree.join(kernel.rpartition("/")[0], "bias")
-    after = np.shape(model.arrays[kernel])[axis:]
-    if kernel != bias and bias in model.arrays and np.shape(model.arrays[bias]) == after:
+    shape = np.shape(model.arrays[kernel])
+    # One axis for each of the layer's outputs; Equinox has axes of size 1 for pixels, too.
+    beside = (shape[axis:], (shape[axis], *[1] * (len(shape) - 2)), shape[axis : axis + 1])
+    if kernel != bias and bias in model.arrays and np.shape(model.arrays[bias]) in beside:
       found[bias, 0] = labels
   return found, readers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from .. import _layers, _tree
@@ -12,7 +13,7 @@ from .._complaints import Complaint
 from .._errors import Problem, describe, fail
 from . import _edit, _model
 from ._edit import Edit, Leaf
-from ._refusals import Refusals
+from ._refusals import Refusals, refuse, told
 from ._result import State, Surgery
 
 
@@ -57,7 +58,9 @@ def take(
     return edit.finish(_part(edit, which, where), state, where)
   if isinstance(which, (int, slice)) and not isinstance(which, bool):
     new = _of_module(edit, which, where) if edit.model.is_module else None
-    return edit.finish(new or _kept(edit, _numbered(model, which, layers, where)), state, where)
+    return edit.finish(
+      new or _kept(edit, _numbered(model, which, layers, where), where), state, where
+    )
   if not isinstance(which, Sequence) or not all(isinstance(x, str) for x in which) or not which:
     problem = Problem("which", "a number of layers, a slice or paths", describe(which), TypeError)
     fail(where, [problem], 'Write 3, slice(1, 4), "encoder" or ["encoder", "norm"].')
@@ -68,7 +71,7 @@ def take(
   for name in which:
     refusals.tried(_model.check_layer, edit.model, name)
   refusals.raise_all(where)
-  return edit.finish(_kept(edit, list(which)), state, where)
+  return edit.finish(_kept(edit, list(which), where), state, where)
 
 
 def _part(edit: Edit, path: str, where: str) -> Any:
@@ -121,14 +124,14 @@ def _numbered(model: Any, which: int | slice, layers: Any, where: str) -> list[s
   fail(where, [Problem("which", c.expected, c.got, c.kind)], c.remedy)
 
 
-def _kept(edit: Edit, names: list[str]) -> Any:
+def _kept(edit: Edit, names: list[str], where: str) -> Any:
   """The tree without leaves that no name covers, and without containers that this empties."""
   model = edit.model
 
   def kept(leaf: Leaf) -> bool:
     return any(_tree.covers(n, model.inside(leaf.path)) or n == leaf.path for n in names)
 
-  return _pruned(edit.tree, kept)
+  return told(where, _pruned, edit.tree, kept)
 
 
 def _pruned(node: Any, kept: Any) -> Any:
@@ -142,7 +145,19 @@ def _pruned(node: Any, kept: Any) -> Any:
   if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
     found = [x for x in (_pruned(v, kept) for v in node) if x is not None]
     return _edit.rebuilt(node, found) if found else None
-  return node  # a container that cannot lose a part stays whole
+  # Another container cannot lose a part: it stays, or goes, whole.
+  inside = [x for x in jax.tree.leaves(node, is_leaf=_is_leaf) if isinstance(x, Leaf)]
+  stays = {kept(x) for x in inside if hasattr(x.value, "shape")}
+  if len(stays) == 2:
+    left = next(x.path for x in inside if hasattr(x.value, "shape") and not kept(x))
+    got = f"a {type(node).__name__}, which cannot lose {left}"
+    remedy = "Take a part of it by its path, or transplant into a smaller one."
+    refuse(_tree.join(*left.split("/")[:-1]), "a dict, list or tuple of parts", got, remedy)
+  return node if True in stays else None
+
+
+def _is_leaf(x: Any) -> bool:
+  return isinstance(x, Leaf)
 
 
 def append(

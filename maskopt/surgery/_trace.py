@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from . import _axes
 from ._network import Network, Value
@@ -71,7 +71,9 @@ class _Walk:
       return loop(eqn, ins)
     is_weight = all(v.is_weight for v in ins)
     outs = [Value(_shape(v), is_weight=is_weight) for v in eqn.outvars]
+    self._network.place = _place(eqn)
     _axes.relate(self._network, eqn, ins, outs)
+    self._network.place = ""
     return outs
 
   def _link(self, a: Value, b: Value, shift_a: int = 0, shift_b: int = 0) -> None:
@@ -115,6 +117,13 @@ class _Walk:
       for result, out in zip(self.closed(branch, ins[1:]), outs, strict=True):
         self._link(result, out)
     return outs
+
+
+def _place(eqn: Any) -> str:
+  """The module that an equation belongs to, as linen says it, or else its line."""
+  module = str(eqn.source_info.name_stack).partition("/")[2]
+  line = source_info_util.summarize(eqn.source_info).rpartition("/")[2]
+  return f" (in {module or line})"
 
 
 def _shape(var: Any) -> tuple[int, ...]:

@@ -139,8 +139,13 @@ def _scaled(labels: Labels, by: int) -> Labels:
   return unit * STRIDE + place * by
 
 
-def split(labels: Labels, dims: Sequence[int]) -> tuple[int, Labels]:
+def split(labels: Labels, dims: Sequence[int], where: str = "") -> tuple[int, Labels]:
   """The one axis of several that carries the labels of their product.
+
+  Args:
+    labels: of the product.
+    dims: sizes of the axes.
+    where: the place that errors name.
 
   Raises:
     Complaint: no axis does, for units are cut in two.
@@ -154,5 +159,9 @@ def split(labels: Labels, dims: Sequence[int]) -> tuple[int, Labels]:
     if agree.all() and not np.any(found[found != NONE] % STRIDE % after):
       unit, place = np.divmod(found, STRIDE)
       return axis, np.where(found == NONE, NONE, unit * STRIDE + place // after)
-  got = f"a reshape of {len(labels)} positions to {tuple(dims)} that cuts units in two"
-  raise Complaint("units that stay whole", got, _STRUCTURE)
+  got = f"a reshape of {len(labels)} positions to {tuple(dims)} that cuts units in two{where}"
+  remedy = (
+    "Grow whole groups of them, as a group normalisation has: of= says how many groups there are; "
+    "or name the consumers: consumers=[...]."
+  )
+  raise Complaint("units that stay whole", got, remedy)
