@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections import namedtuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -143,6 +144,16 @@ def test_modules_come_in_network_order_with_their_other_state():
 def test_numbered_layers_are_ordered_by_number():
   params = {f"Dense_{i}": {"kernel": np.ones((2, 2))} for i in (0, 1, 2, 10)}
   assert [r.path[6:-7] for r in maskopt.summary(params).rows] == ["0", "1", "2", "10"]
+
+
+def test_numbers_in_the_names_of_a_bare_tree_count_by_value():
+  layer = {"attention": {"k2": np.ones(2), "k10": np.ones(2)}, "mlp": np.ones(2)}
+  params = {"embed": np.ones(2), "head": np.ones(2)} | {f"layer_{i}": layer for i in (0, 2, 10)}
+  found = [row.path for row in maskopt.summary(params).rows]
+  inner = ["attention/k2", "attention/k10", "mlp"]
+  assert found == ["embed", "head", *(f"layer_{i}/{x}" for i in (0, 2, 10) for x in inner)]
+  fields = namedtuple("Fields", ["layer_2", "layer_10", "embed"])  # an order of its own
+  assert [r.path for r in maskopt.summary(fields(*[np.ones(2)] * 3)).rows] == list(fields._fields)
 
 
 class Linen(nn.Module):

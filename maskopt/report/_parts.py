@@ -8,6 +8,7 @@ parameters; the rest is watched.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,12 +126,28 @@ def network_order(source: Any, paths: Sequence[str]) -> list[int]:
   try:
     place = {name: k for k, name in enumerate(_layers.layer_paths(source))}
   except Complaint:
-    return positions  # a bare tree without numbers: its own order is all there is
+    # A bare tree without an order of its own. JAX sorts the names of a dict by letters, which puts
+    # layer 10 before layer 2; any other container stays as it is.
+    parts = [path.split("/") for path in paths]
+    by_letters = parts == sorted(parts)
+    return sorted(positions, key=lambda i: _by_number(paths[i])) if by_letters else positions
 
   def layer(i: int) -> int:
     return next((place[a] for a in _tree.ancestors(paths[i]) if a in place), len(place))
 
   return sorted(positions, key=layer)
+
+
+def _by_number(path: str) -> list[list[tuple[bool, int, str]]]:
+  """A key that sorts the parts of a path by letters, and the numbers in them by value."""
+  return [
+    [
+      (not chunk.isdecimal(), int(chunk) if chunk.isdecimal() else 0, chunk)
+      for chunk in re.split(r"(\d+)", part)
+      if chunk
+    ]
+    for part in path.split("/")
+  ]
 
 
 def is_key(x: Any) -> bool:
