@@ -53,8 +53,10 @@ def _own_axis(
 ) -> int:
   rank = len(shape)
   if axis is not None:
-    if not -rank <= axis < rank or shape[axis] % n:
-      raise Complaint(f"an axis {axis} that {n} heads divide", f"shape {shape}", _REMEDY)
+    if not -rank <= axis < rank:
+      raise Complaint(f"an axis in [{-rank}, {rank - 1}]", f"{axis} of shape {shape}", _REMEDY)
+    if shape[axis] % n:
+      raise Complaint(f"an axis {axis} that {n} heads divide", f"shape {shape}", _COUNT)
     return axis % rank
   exact = [k for k in range(rank) if shape[k] == n]
   if rank == 3 and len(exact) > 1:
@@ -65,14 +67,20 @@ def _own_axis(
     exact = [k for k in range(rank) if shape[k] % n == 0]
   if len(exact) == 1:
     return exact[0]
-  got = f"shape {shape}" + (f", where axes {exact} may be meant" if exact else "")
+  if not exact:
+    raise Complaint(f"an axis for {n} heads", f"shape {shape}, where none fits", _COUNT)
+  got = f"shape {shape}, where axes {exact} may be meant"
   raise Complaint(f"one axis for {n} heads", got, _REMEDY)
 
 
+_COUNT = "Give the number of heads as of=, and name kernels that have heads with the pattern."
 _REMEDY = (
   "Say which axis of the kernel: maskopt.heads(idx, of=n, axis=-1) where heads are made, axis=0 "
   "where they are read (the other way round in Equinox)."
 )
+
+
+_PARTS = "Say parts=1 where the axis holds one projection, parts=3 for query, key and value."
 
 
 def head_mask(size: int, n: int, chosen: slice | np.ndarray, parts: int, where: str) -> np.ndarray:
@@ -81,7 +89,7 @@ def head_mask(size: int, n: int, chosen: slice | np.ndarray, parts: int, where: 
   position[p, h, d] = h in chosen        size = parts * n * d
   """
   if size % (parts * n):
-    raise Complaint(f"{parts} x {n} heads", f"an axis of {size} {where}", _REMEDY)
+    raise Complaint(f"{parts} x {n} heads", f"an axis of {size} {where}", _PARTS)
   keep = np.zeros((parts, n, size // (parts * n)), bool)
   keep[:, chosen] = True
   return keep.reshape(size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from . import _traced
@@ -17,7 +18,7 @@ _PARTS = "an index of ints, slices and lists of ints"
 _POSITIONS = "an int, ints, a slice or a bool array"
 
 
-_COUNT = "Count from 0; negative numbers count from the end."
+_COUNT = "Count from 0, or from the end by negative numbers; a bool array has a bool for each."
 _SLICE = "Write a slice of ints, such as slice(3), slice(-2, None) or slice(0, None, 2)."
 _SHOWN = 12
 
@@ -90,7 +91,7 @@ def _checked(part: slice) -> slice:
   if any(isinstance(x, bool) or not isinstance(x, (int, np.integer)) for x in ends):
     raise Complaint("a slice of ints", repr(part), _SLICE, TypeError)
   if part.step == 0:
-    raise Complaint("a slice with a step", repr(part), _SLICE)
+    raise Complaint("a slice with a step other than 0", repr(part), _SLICE)
   return part
 
 
@@ -124,7 +125,7 @@ def _every_axis(index: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ..
   dots = [k for k, part in enumerate(index) if part is ...]
   for part in index:
     if not _is_index(part):
-      raise Complaint(_PARTS, describe(part), _INDEX, TypeError)
+      raise Complaint(_PARTS, describe(part), _advice(part), TypeError)
   given = len(index) - len(dots)
   if len(dots) > 1 or given > len(shape):
     got = f"one of {given} axes" if len(dots) < 2 else "two ellipses"
@@ -134,20 +135,38 @@ def _every_axis(index: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ..
   return index[:at] + rest + index[at + len(dots) :]
 
 
+def _advice(part: Any) -> str:
+  """What to write in place of what is no index."""
+  if isinstance(part, (np.ndarray, jax.Array)):
+    if not np.issubdtype(part.dtype, np.integer) and part.dtype != np.bool_:
+      return "Write True where frozen; an array of numbers becomes a mask by x != 0."
+    return "A mask is a bool array by itself; an index is a list of ints along one axis."
+  flags = isinstance(part, (list, tuple)) and part and all(isinstance(x, bool) for x in part)
+  # A list of bools is refused: NumPy reads it along the first axis, a mask along the last.
+  return (
+    "Write a mask as a bool array, which broadcasts as in NumPy: np.array(...)."
+    if flags
+    else _INDEX
+  )
+
+
 def _is_index(part: Any) -> bool:
   if part is ... or isinstance(part, (int, np.integer, slice, range)):
     return not isinstance(part, bool)
-  if not isinstance(part, (list, np.ndarray)):
+  if not isinstance(part, (list, np.ndarray, jax.Array)):
     return False
-  array = np.asarray(part)
-  # A list of bools is refused: NumPy reads it along the first axis, a mask along the last.
-  is_flags = array.dtype == np.bool_ and isinstance(part, np.ndarray)
+  try:
+    array = np.asarray(part)
+  except (TypeError, ValueError):  # rows of several lengths
+    return False
+  is_flags = array.dtype == np.bool_ and not isinstance(part, list)
   return array.ndim <= 1 and (is_flags or np.issubdtype(array.dtype, np.integer) or not array.size)
 
 
 def _paired(index: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
   """Lists on several axes are paired element by element, so the mask has every element."""
-  parts = tuple(np.asarray(p, int) if isinstance(p, (list, range)) else p for p in index)
+  parts = tuple(p if isinstance(p, (int, np.integer, slice)) else np.asarray(p) for p in index)
+  parts = tuple(_checked(p) if isinstance(p, slice) else p for p in parts)
   mask = np.zeros(shape, bool)
   try:
     mask[parts] = True

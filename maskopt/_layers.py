@@ -105,7 +105,8 @@ def _is_variables(source: Any) -> bool:
 def _distinct(names: list[str]) -> list[str]:
   twice = sorted({n for n in names if names.count(n) > 1})
   if twice:
-    raise Complaint("each layer once", listing(twice) + " more than once", _REMEDY)
+    remedy = "Name each layer once, in network order."
+    raise Complaint("each layer once", listing(twice) + " more than once", remedy)
   return names
 
 

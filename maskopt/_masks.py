@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeGuard
 
@@ -161,7 +162,7 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     got = describe(array)
     problems.append(Problem(path, f"bool broadcastable to {shape}", got, TypeError))
     return None
-  size = int(np.prod(shape, dtype=np.int64))
+  size = math.prod(shape)
   if isinstance(array, Tracer) and array.ndim == 0 and (size > 1 or not own):
     problems.append(Traced(path, f"bool broadcastable to {shape}", _traced.told(array)))
     return None
@@ -169,8 +170,8 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     problems.append(Problem(path, "a bool, for the mask is given to a subtree", describe(array)))
     return None
   if not broadcasts(array.shape, shape) or (array.size == 1 and size > 1):
-    extra = " (one element on a larger leaf: write a bool)" if array.size == 1 else ""
-    problems.append(Problem(path, f"bool broadcastable to {shape}", describe(array) + extra))
+    got = describe(array) + misfit(array.shape, shape, "bool")
+    problems.append(Problem(path, f"bool broadcastable to {shape}", got))
     return None
   array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
   if isinstance(array, np.ndarray):
@@ -187,6 +188,16 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
   return len(shape) <= len(to) and all(
     n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
   )
+
+
+def misfit(shape: tuple[int, ...], to: tuple[int, ...], kind: str) -> str:
+  """Why an array of one shape is no mask of a leaf of the other, where that can be said."""
+  if math.prod(shape) == 1:
+    return f" (one element on a larger leaf: write a {kind})"
+  if 0 < len(shape) < len(to) and shape == to[: len(shape)]:
+    wanted = shape + (1,) * (len(to) - len(shape))
+    return f" (NumPy aligns the last axes: give it the shape {wanted})"
+  return ""
 
 
 def _strangers(mask_paths: tuple[str, ...], flat: _tree.Flat) -> Iterator[Problem]:

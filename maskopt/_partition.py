@@ -210,8 +210,8 @@ def _labels_of(
     return set(), Problem(path, "one label, for it is given to a subtree", describe(entry))
   alone = array.size == 1 and np.prod(shape, dtype=np.int64) > 1
   if not _masks.broadcasts(array.shape, shape) or alone:
-    extra = " (one element on a larger leaf: write the label itself)" if alone else ""
-    return set(), Problem(path, expected, describe(entry) + extra)
+    got = describe(entry) + _masks.misfit(array.shape, shape, "label")
+    return set(), Problem(path, expected, got)
   return {x.item() for x in np.unique(array)}, None
 
 

@@ -202,6 +202,9 @@ def _of_layers(pattern: Any, subject: Subject) -> list[int]:
   except TypeError:
     remedy = "Write slice(None, -3) for all layers but the last three."
     raise Complaint("a slice of integers", show(pattern), remedy, TypeError) from None
+  except ValueError:
+    remedy = "Leave the step out, or write -1 to count from the last layer."
+    raise Complaint("a slice with a step other than 0", show(pattern), remedy) from None
   found = [k for k in subject.live if not subject.owners[k].isdisjoint(chosen)]
   if found:
     return found

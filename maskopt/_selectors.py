@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _traced
+from . import _masks, _traced
 from ._complaints import Complaint, check_takes
 from ._errors import Problem, describe, fail
 from ._heads import Leaf, head_axis, head_mask, parts_of
@@ -192,10 +192,11 @@ def frozen(value: Any, leaf: Leaf) -> Any:
     return _heads(value, leaf)
   if isinstance(value, Runtime):
     return Runtime(broadcastable(value.mask, leaf.shape, "bool"), value.count)
-  if isinstance(value, (np.ndarray, jax.Array)) and value.dtype == np.bool_:
+  is_array = isinstance(value, (np.ndarray, jax.Array))
+  if is_array and value.dtype == np.bool_:
     return _compact(broadcastable(value, leaf.shape, "bool"))
   _traced.refuse(value, "what to freeze")
-  if isinstance(value, (int, np.integer, slice, tuple, list, range, np.ndarray)) or value is ...:
+  if isinstance(value, (int, np.integer, slice, tuple, list, range)) or value is ... or is_array:
     return _compact(indexed(value if isinstance(value, tuple) else (value,), leaf.shape))
   if callable(value) and not isinstance(value, type):
     check_takes(value, ("leaf",), "As value it returns what to freeze of the leaf.")
@@ -206,16 +207,13 @@ def frozen(value: Any, leaf: Leaf) -> Any:
 
 def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
   """The array with the rank of the parameter; raises `Complaint`."""
-  rank, extra = len(shape), ""
-  fits = array.ndim <= rank and all(
-    n in (1, m) for n, m in zip(reversed(array.shape), reversed(shape), strict=False)
-  )
-  if fits and array.size == 1 and math.prod(shape) > 1:
+  one = array.size == 1 and math.prod(shape) > 1
+  if one:
     _traced.refuse(array, f"{kind} broadcastable to {shape}")
-    fits, extra = False, f" (one element on a larger leaf: write a {kind})"
-  if not fits:
-    raise Complaint(f"{kind} broadcastable to {shape}", describe(array) + extra, FITS)
-  return array.reshape((1,) * (rank - array.ndim) + array.shape)
+  if one or not _masks.broadcasts(array.shape, shape):
+    got = describe(array) + _masks.misfit(array.shape, shape, kind)
+    raise Complaint(f"{kind} broadcastable to {shape}", got, FITS)
+  return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 
 def _compact(mask: Any) -> Any:
@@ -266,7 +264,7 @@ def factor(value: Any, leaf: Leaf) -> Any:
   Raises:
     Complaint: the value is no factor, is not finite, or does not fit the parameter.
   """
-  remedy = "Write a number, None for 0, an array of factors or a function of the leaf."
+  remedy = "Write a number (0 or None freezes), an array of numbers or a function of the leaf."
   if value is None:
     return 0.0
   is_array = isinstance(value, (np.ndarray, jax.Array))
@@ -278,7 +276,7 @@ def factor(value: Any, leaf: Leaf) -> Any:
   if not _is_real(array):
     raise Complaint("a factor", describe(value), remedy, TypeError)
   if not isinstance(array, jax.Array) and not np.all(np.isfinite(np.asarray(array, np.float64))):
-    raise Complaint("finite factors", "NaN or infinity", remedy)
+    raise Complaint("finite factors", "NaN or infinity", "Write 0 or None to freeze.")
   if not is_array:
     return float(array)
   if not jnp.issubdtype(array.dtype, np.floating):

@@ -143,7 +143,19 @@ def test_an_nnx_state_may_hold_other_variables():
     (None, nnx.BatchStat, ValueError, r"BatchStat.* got none \(the variables are LoRAParam, Param"),
     (None, jax.Array, TypeError, "expected an nnx.Variable type, got the type "),
     (PARAMS, True, TypeError, "rules.0. True, expected a path, a compiled regex, .* got bool True"),
-    (PARAMS, None, TypeError, "got NoneType None"),
+    (
+      PARAMS,
+      None,
+      TypeError,
+      r"got NoneType None. Write a path as a string, .*for everything else",
+    ),
+    (
+      PARAMS,
+      lambda path: True,
+      TypeError,
+      r"a function of \(path, leaf\), got one of \(path\). As pat",
+    ),
+    (None, slice(None, None, 0), ValueError, "a slice with a step other than 0, got layers.::0."),
     (PARAMS, ("head", "embed"), TypeError, "got tuple .*one rule per pattern"),
     (
       PARAMS,
@@ -169,8 +181,15 @@ def test_patterns_that_cannot_be_applied(params, pattern, kind, match):
     ("head/kernle", "near paths: head/kernel"),
     ("head/", "near paths: head"),
     ("zzzzzz", r"the parameters are embed/embedding, .*lstm_10/cell/kernel\)"),
-    (re.compile("nothing"), "re.compile.*nothing.*the parameters are embed/embedding"),
-    (lambda path, leaf: False, "<lambda>, expected a pattern"),
+    (
+      re.compile("nothing"),
+      "the parameters are embed/embedding, .* A compiled regex is searched for",
+    ),
+    (lambda path, leaf: False, "<lambda>, expected a pattern.* The function was asked about each"),
+    (
+      nnx.PathContains("nothing"),
+      "expected a pattern .*A filter is asked about the parameters' var",
+    ),
   ],
 )
 def test_a_rule_that_matches_nothing_lists_near_paths(pattern, match):
@@ -180,7 +199,7 @@ def test_a_rule_that_matches_nothing_lists_near_paths(pattern, match):
 
 def test_a_rule_on_a_tree_without_parameters():
   assert maskopt.build_mask({"a": None}, []) == {"a": None}
-  with pytest.raises(ValueError, match="got a tree without parameters"):
+  with pytest.raises(ValueError, match="got a tree without parameters. Give the parameters first"):
     maskopt.build_mask({"a": None}, [("a", True)])
 
 
@@ -446,11 +465,44 @@ def test_units_say_which_kernel_is_too_small():
     maskopt.build_mask(PARAMS, [("head", maskopt.units(slice(5, None)))])
 
 
-@pytest.mark.parametrize("idx", [0.5, "a", True, [[0]], [0.0, 1.0], None])
-def test_units_are_ints(idx):
-  match = r"`maskopt.units\(idx=...\)`: at idx, expected an int, ints, a slice or a bool array, got"
-  with pytest.raises(TypeError, match=match):
+@pytest.mark.parametrize(
+  ("idx", "got"),
+  [
+    *((0.5, "float 0.5"), ("a", "str 'a'"), (True, "bool True"), (None, "NoneType None")),
+    *(([[0]], r"list \[\[0\]\]"), ([[0], [1, 2]], "list"), ([0.0, 1.0], r"list \[0.0, 1.0\]")),
+    *(({0, 1}, r"set {0, 1}"), (2**70, "int 1180591620717411303424")),
+  ],
+)
+def test_units_are_ints(idx, got):
+  match = (
+    r"`maskopt.units\(idx=...\)`: at idx, expected an int, ints, a slice or a bool array, got "
+  )
+  with pytest.raises(TypeError, match=match + got + ".*Count from 0"):
     maskopt.units(idx)
+
+
+def test_units_are_slices_of_ints():
+  with pytest.raises(
+    TypeError, match=r"at idx, expected a slice of ints, got slice\(None, 1.5, None"
+  ):
+    maskopt.units(slice(1.5))
+  with pytest.raises(ValueError, match="at idx, expected a slice with a step other than 0"):
+    maskopt.units(slice(None, None, 0))
+  with pytest.raises(ValueError, match="at idx, expected ints of 64 bits, got uint64"):
+    maskopt.units(np.array([2**63], np.uint64))
+
+
+def test_an_index_may_be_a_jax_array():
+  for index in (jnp.array([0, 2]), A[jnp.array([0, 2]), :], A[jnp.array([0, 2]), ...]):
+    mask = maskopt.build_mask({"w": array(4, 3)}, [("w", index)])["w"]
+    assert mask.ravel().tolist() == [True, False, True, False]
+  paired = maskopt.build_mask({"w": array(4, 3)}, [("w", A[jnp.array([0, 2]), [1, 2]])])["w"]
+  assert np.argwhere(paired).tolist() == [[0, 1], [2, 2]]
+
+
+def test_a_lone_array_has_no_path():
+  with pytest.raises(ValueError, match=r"the parameters are the root\). Write `...`: a lone array"):
+    maskopt.build_mask(array(3), [("w", True)])
 
 
 def heads_of(params, value):
@@ -535,12 +587,29 @@ def test_heads_of_equinox_attention():
 @pytest.mark.parametrize(
   ("shape", "value", "match"),
   [
-    ((5, 7), maskopt.heads(0, of=2), r"one axis for 2 heads, got shape \(5, 7\). Say which axis"),
-    ((4, 6), maskopt.heads(3, of=3), r"heads in \[-3, 2\], got 3"),
-    ((5, 6), maskopt.heads(0, of=2, axis=0), r"an axis 0 that 2 heads divide, got shape \(5, 6\)"),
-    ((5, 6), maskopt.heads(0, of=2, parts=2), r"2 x 2 heads, got an axis of 6 in shape \(5, 6\)"),
+    (
+      (5, 7),
+      maskopt.heads(0, of=2),
+      r"an axis for 2 heads, got shape \(5, 7\), where none.*Give the nu",
+    ),
+    (
+      (5, 6),
+      maskopt.heads(0, of=2, axis=5),
+      r"an axis in \[-2, 1\], got 5 of shape .* Say which axis",
+    ),
+    ((4, 6), maskopt.heads(3, of=3), r"heads in \[-3, 2\], got 3. Count heads from 0 to of - 1"),
+    (
+      (5, 6),
+      maskopt.heads(0, of=2, axis=0),
+      r"an axis 0 that 2 heads divide, got shape \(5, 6\). Give the number",
+    ),
+    (
+      (5, 6),
+      maskopt.heads(0, of=2, parts=2),
+      r"2 x 2 heads, got an axis of 6 in shape \(5, 6\). Say parts=1 where",
+    ),
     ((), maskopt.heads(0, of=2), "a parameter with heads, got a scalar"),
-    ((64,), maskopt.heads(0, of=2), r"one axis for 2 heads, got shape \(64,\)"),
+    ((64,), maskopt.heads(0, of=2), r"an axis for 2 heads, got shape \(64,\)"),
   ],
 )
 def test_heads_that_do_not_fit(shape, value, match):
@@ -553,10 +622,18 @@ def test_heads_are_counted():
     ValueError, match=r"`maskopt.heads\(of=...\)`: at of, expected a positive int"
   ):
     maskopt.heads(0, of=0)
-  with pytest.raises(ValueError, match="at parts, expected a positive int, got int -1"):
+  with pytest.raises(
+    ValueError, match="at parts, expected a positive int, got int -1. Give 3 for fused"
+  ):
     maskopt.heads(0, of=2, parts=-1)
   with pytest.raises(TypeError, match=r"`maskopt.heads\(idx=...\)`: at idx"):
     maskopt.heads("a", of=2)
+  with pytest.raises(
+    TypeError, match="at of, expected a positive int, got float 2.0. Give the num"
+  ):
+    maskopt.heads(0, of=2.0)
+  with pytest.raises(TypeError, match="at axis, expected an int, got str 'x'. Count the axes"):
+    maskopt.heads(0, of=2, axis="x")
 
 
 def test_train_only_freezes_everything_but():
@@ -583,7 +660,25 @@ def test_functions_of_the_leaf_return_any_value():
     ("True", TypeError, "what to freeze, got str 'True'"),
     (1.0, TypeError, "what to freeze, got float 1.0"),
     (array(3), TypeError, "ints, slices and lists of ints, got float32 of shape"),
-    ([True, False], TypeError, r"lists of ints, got list \[True, False\]"),
+    (
+      [True, False],
+      TypeError,
+      r"got list \[True, False\]. Write a mask as a bool array, .*np.array",
+    ),
+    (array(4, 3), TypeError, "got float32 of shape .* Write True where frozen; .* by x != 0"),
+    (A[np.eye(4, 3) > 0,], TypeError, "got bool of shape .* A mask is a bool array by itself"),
+    ([[0], [1, 2]], TypeError, r"got list \[\[0\], \[1, 2\]\]. Write what np.s_ gives"),
+    (
+      A[:, :1.5],
+      TypeError,
+      r"a slice of ints, got slice\(None, 1.5, None\). Write a slice of ints",
+    ),
+    (A[::0], ValueError, r"a slice with a step other than 0, got slice\(None, None, 0\)"),
+    (
+      lambda path, leaf: True,
+      TypeError,
+      r"a function of \(leaf\), got one of \(path, leaf\). As value",
+    ),
     (A[None, 0], TypeError, "got NoneType None. Write what np.s_ gives"),
     (A[:, True], TypeError, "got bool True"),
     (A[0, 0, 0], ValueError, r"an index for shape \(4, 3\), got one of 3 axes. Name fewer"),
@@ -599,7 +694,7 @@ def test_functions_of_the_leaf_return_any_value():
     (
       np.ones(4, bool),
       ValueError,
-      r"bool broadcastable to \(4, 3\), got bool of shape \(4,\). Name",
+      r"bool of shape \(4,\) \(NumPy aligns the last axes: give it the shape \(4, 1\)\). Name",
     ),
     (np.ones(1, bool), ValueError, "one element on a larger leaf: write a bool"),
     (np.ones((1, 4, 3), bool), ValueError, "bool broadcastable to"),
@@ -766,6 +861,7 @@ def test_multipliers():
     (np.ones(4), ValueError, r"float broadcastable to \(4, 3\), got float64 of shape \(4,\)"),
     (np.ones(1), ValueError, "one element on a larger leaf: write a float"),
     (lambda leaf: "x", TypeError, "a factor, got str 'x'"),
+    (lambda path, leaf: 1.0, TypeError, r"a function of \(leaf\), got one of \(path, leaf\)"),
   ],
 )
 def test_factors_that_do_not_fit(value, kind, match):
