@@ -100,7 +100,22 @@ def remat(eqn: Equation, outs: Demands, planner: Planner) -> Step:
   if not (eqn.params.get("differentiated") and prevent):
     return step
   inner = step.run
-  return step._replace(run=lambda ops, picks: inner(lax.optimization_barrier(ops), picks))
+  return step._replace(run=lambda ops, picks: inner(_held_back(ops), picks))
+
+
+def _held_back(operands: list[list[Any]]) -> list[list[Any]]:
+  """Operands behind a barrier; those that vary over other axes of a shard_map have their own.
+
+  In JAX 0.10 a barrier makes all it holds vary over every axis that any of them does.
+  """
+  flat, treedef = jax.tree.flatten(operands)
+  varies = [getattr(jax.typeof(x), "mat", None) for x in flat]
+  out = list(flat)
+  for axes in dict.fromkeys(varies):
+    members = [k for k, a in enumerate(varies) if a == axes]
+    for k, x in zip(members, lax.optimization_barrier([flat[k] for k in members]), strict=True):
+      out[k] = x
+  return treedef.unflatten(out)
 
 
 def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:

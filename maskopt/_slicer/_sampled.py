@@ -193,6 +193,6 @@ for _name in ("add_any", "add", "sub", "mul", "div", "neg", "convert_element_typ
   PICKED[_name] = _elementwise
 # Equations that hand demands on unread, so that a pick passes as a region does.
 TRANSPARENT: Final = frozenset(
-  "jit pjit closed_call core_call call checkpoint remat2 remat cond scan optimization_barrier psum "
-  "psum_invariant pvary".split()
+  "jit pjit closed_call core_call call checkpoint remat2 remat cond scan shard_map "
+  "optimization_barrier psum psum_invariant pvary".split()
 )
