@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 
 from .. import _calls
 from .._errors import Problem, fail
@@ -53,7 +54,7 @@ def difference(
   before_out = jax.tree.leaves(old.called(forward, list(old.arrays.values()), given)[0])
   try:
     after_out = jax.tree.leaves(model.called(after, list(model.arrays.values()), given)[0])
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, errors.FlaxError) as error:
     reason = str(error).strip().split("\n")[0][:300].rstrip(".")
     expected = "a forward that takes its sizes from the parameters"
     remedy = (
