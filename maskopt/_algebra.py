@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _tree
-from ._errors import Problem, describe, fail
-from ._masks import FreezeMask, Runtime, evaluate, flatten, is_bool, is_function
+from ._errors import Problem, describe, fail, show
+from ._masks import Changing, FreezeMask, Runtime, evaluate, flatten, is_bool, is_function
+from ._packing import Layouts
 
 
 def union(a: FreezeMask, b: FreezeMask) -> FreezeMask:
@@ -73,9 +74,11 @@ def invert(a: FreezeMask) -> FreezeMask:
     >>> maskopt.invert({"bias": False, "kernel": True})
     {'bias': True, 'kernel': False}
   """
+  where = "maskopt.invert(a)"
+  _refuse_changing(where, a=a)
   if is_function(a):
     return functools.partial(_inverted_later, a)
-  flat = _bools(a, "maskopt.invert(a)")
+  flat = _bools(a, where)
   return flat.unflatten([_not(x) for x in flat.leaves])
 
 
@@ -83,8 +86,22 @@ def _inverted_later(a: Callable[..., Any], params: Any) -> Any:
   return invert(a(params))
 
 
+def _refuse_changing(where: str, **masks: Any) -> None:
+  """Raise for a mask of the step, of which only step 0 would remain."""
+  problems = [
+    Problem(name, "a mask that stays as it is", describe(mask), TypeError)
+    for name, mask in masks.items()
+    if isinstance(mask, Changing)
+  ]
+  if problems:
+    fail(where, problems, "Combine the masks of its stages, and make the schedule of those.")
+
+
 def _bools(mask: Any, where: str) -> _tree.Flat:
   """The mask, all of whose leaves are bools, boolean arrays or runtime masks."""
+  if isinstance(mask, Layouts):  # as a tree it has index arrays for leaves, and none where whole
+    problem = Problem("", "a tree of bools", "what maskopt.mask_of returns", TypeError)
+    fail(where, [problem], "Combine the masks it was made of, or give its attribute freeze_mask.")
   flat = flatten(mask)
   problems = [
     Problem(path, "a bool or a boolean array", describe(x), TypeError)
@@ -128,9 +145,10 @@ def _combined_later(op: Callable, name: str, a: Any, b: Any, params: Any) -> Any
 
 
 def _combined(op: Callable, name: str, a: Any, b: Any) -> Any:
+  where = f"maskopt.{name}(a, b)"
+  _refuse_changing(where, a=a, b=b)
   if is_function(a) or is_function(b):
     return functools.partial(_combined_later, op, name, a, b)
-  where = f"maskopt.{name}(a, b)"
   flat_a, flat_b = _bools(a, where), _bools(b, where)
   by_a, by_b = (dict(zip(f.paths, f.leaves, strict=True)) for f in (flat_a, flat_b))
   inner = _subtrees(flat_a.paths) | _subtrees(flat_b.paths)
@@ -153,8 +171,12 @@ def _combined_leaf(op: Callable, path: str, by_a: dict, by_b: dict, problems: li
   found = []
   for entries in (by_a, by_b):
     name = next((p for p in _tree.ancestors(path) if p in entries), None)
-    if name is None or (name != path and not is_bool(entries[name])):
+    if name is None:
       problems.append(Problem(path, "a freeze mask in both", "one in only one of them"))
+      return None
+    if name != path and not is_bool(entries[name]):
+      expected = f"a bool at {show(name)}, for the mask is given to a subtree"
+      problems.append(Problem(path, expected, describe(entries[name])))
       return None
     found.append(entries[name])
   x, y = found

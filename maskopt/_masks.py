@@ -27,6 +27,7 @@ from ._traced import Traced
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
+_COUNT = "a count of trainable elements"
 _REMEDIES = {
   "a freeze mask": _BUILD,
   "a multiplier": "Build the tree with maskopt.build_multipliers.",
@@ -178,7 +179,7 @@ def _checked(mask: Any, leaf: Any, path: str, own: bool, problems: list[Problem]
     return array if size else bool(array.all())  # of no elements there is no structure
   count = mask.count if isinstance(mask, Runtime) else None
   if count is not None and not 0 <= count <= size:
-    problems.append(Problem(path, f"a count of trainable elements in [0, {size}]", str(count)))
+    problems.append(Problem(path, f"{_COUNT} in [0, {size}]", str(count)))
     return None
   return Runtime(array, count)
 
@@ -215,6 +216,13 @@ def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
   build = _REMEDIES[what]
   if all(isinstance(p, Traced) for p in problems):
     return _traced.REMEDY
+  if all(p.expected.startswith("one of the labels") for p in problems):
+    return "Write one of them, or give an optimizer for the label (None freezes)."
+  if all(p.expected.startswith(_COUNT) for p in problems):
+    return "Give maskopt.runtime the count of trainable elements."
+  known = set(flat.paths)
+  if any(p.expected == "a parameter" and known & set(_tree.ancestors(p.path)) for p in problems):
+    return "A list or dict is a tree of its own: write np.array([...]) for the elements of a leaf."
   if all(p.expected in ("a parameter", what) for p in problems):
     shown = ", ".join(show(p) for p in flat.paths[:8]) + (", ..." if len(flat.paths) > 8 else "")
     return f"The parameters are {shown}. {build}" if shown else "The tree has no parameters."
@@ -234,7 +242,7 @@ def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None
       other = seen.setdefault(id(leaf), path)
       if other != path:
         shared.append(Problem(path, "an array of its own", f"the one that is at {show(other)}"))
-  remedies = ["Freeze integer leaves."] * bool(problems)
+  remedies = ["Freeze what is not float or complex, integer leaves say."] * bool(problems)
   remedies += ["Keep a shared array at one path, or copy it: jnp.array(x)."] * bool(shared)
   if remedies:
     fail(where, problems + shared, " ".join(remedies))

@@ -133,15 +133,22 @@ def _checked_keys(optimizers: Any) -> list[Label]:
     fail(where, [Problem("", "a dict of optimizers", describe(optimizers), TypeError)], remedy)
   keys = list(optimizers)
   problems = [
-    Problem("", "str or int labels", repr(k), TypeError) for k in keys if not _is_label(k)
+    Problem(f"optimizers[{k!r}]", "a label, str or int, as key", describe(k), TypeError)
+    for k in keys
+    if not _is_label(k)
+  ]
+  problems += [
+    Problem(f"optimizers[{k!r}]", "an Optax transformation or None", describe(tx), TypeError)
+    for k, tx in optimizers.items()
+    if tx is not None and not (hasattr(tx, "init") and hasattr(tx, "update"))
   ]
   names = [str(k) for k in keys]
   problems += [
-    Problem("", "labels that read differently", f"both {k!r} and {k}")
+    Problem(f"optimizers[{k!r}]", "labels that read differently", f"both {k!r} and {k}")
     for k in keys
     if isinstance(k, str) and names.count(k) > 1
   ]
-  if not any(not _freezes(tx) for tx in optimizers.values()):
+  if not problems and all(_freezes(tx) for tx in optimizers.values()):
     problems.append(Problem("", "at least one optimizer that trains", "none"))
   if problems:
     fail(where, problems, remedy)

@@ -113,6 +113,10 @@ BAD = [
   ("count", maskopt.runtime({"w": np.ones((3, 4), bool), "b": np.ones(4, bool)}, 99), ValueError,
    r"at b, expected a count of trainable elements in \[0, 4\], got 99; at w, .*\[0, 12\], got 99"),
 ]  # fmt: skip
+REMEDIES = {
+  "count": "Give maskopt.runtime the count",
+  "lists": r"A list or dict is a tree of its own: write np.array\(\[...\]\)",
+}
 CALLS = {
   "selective_transform": lambda m, p: maskopt.selective_transform(
     optax.sgd(0.1), freeze_mask=m
@@ -125,12 +129,13 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("mask", "kind", "match"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_masks_are_refused(call, mask, kind, match):
+@pytest.mark.parametrize(("name", "mask", "kind", "match"), BAD, ids=[b[0] for b in BAD])
+def test_bad_masks_are_refused(call, name, mask, kind, match):
   params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
   before = jax.tree.map(np.array, params)
   where = rf"`maskopt\.{call}\(freeze_mask=\.\.\.\)`: "
-  with pytest.raises(kind, match=rf"(?s){where}.*{match}.*Build the mask with maskopt.build_mask"):
+  remedy = REMEDIES.get(name, "Build the mask with maskopt.build_mask")
+  with pytest.raises(kind, match=rf"(?s){where}.*{match}.*{remedy}"):
     CALLS[call](mask, params)
   assert all(np.array_equal(before[k], params[k]) for k in params)
 
@@ -177,7 +182,9 @@ def test_a_traced_bool_as_the_next_mask_is_refused():
 @pytest.mark.parametrize("call", ["selective_transform", "masked_freeze", "pack"])
 def test_training_an_integer_leaf_is_refused(call):
   params = {"q": jnp.arange(4), "w": jnp.ones(2)}
-  match = r"at q, expected a float or complex parameter, got int32.* Freeze integer leaves"
+  match = (
+    r"at q, expected a float or complex parameter, got int32.* Freeze what is not float or complex"
+  )
   for mask in (False, {"q": np.array([1, 1, 1, 0], bool), "w": True}):
     with pytest.raises(TypeError, match=match):
       CALLS[call](mask, params)
@@ -270,6 +277,34 @@ def test_algebra_names_the_masks_that_do_not_fit():
     ValueError, match=r"at w, expected bools that broadcast together, got bool of"
   ):
     maskopt.intersection(a, b)
+
+
+def test_algebra_tells_a_subtree_from_a_leaf():
+  with pytest.raises(
+    ValueError, match=r"at d/w, expected a bool at d, for .* subtree, got bool of"
+  ):
+    maskopt.union({"d": np.ones(3, bool)}, {"d": {"w": True}})
+
+
+@pytest.mark.parametrize("call", ["union", "intersection", "invert"])
+def test_algebra_refuses_what_it_would_read_wrongly(call):
+  """Step 0 of a schedule for all of it; the index arrays of a working mask, or none, for a mask."""
+  mask, params = {"w": True, "b": False}, {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+
+  def run(a):
+    return maskopt.invert(a) if call == "invert" else getattr(maskopt, call)(mask, a)
+
+  stages = {0: mask, 5: {"w": False, "b": False}}
+  match = rf"maskopt.{call}\(a.*expected a mask that stays as it is, got Schedule.* masks of its st"
+  with pytest.raises(TypeError, match=match):
+    run(maskopt.unfreeze_schedule(stages))
+  state = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask).init(params)
+  match = (
+    rf"maskopt.{call}\(a.*expected a tree of bools, got what maskopt.mask_of returns.*freeze_m"
+  )
+  with pytest.raises(TypeError, match=match):
+    run(maskopt.mask_of(state))
+  assert maskopt.invert(maskopt.mask_of(state).freeze_mask) == {"w": False, "b": True}
 
 
 def test_a_billion_elements_cost_kilobytes():

@@ -208,7 +208,12 @@ def test_state_maps_over_parameters():
 @pytest.mark.parametrize(
   ("labels", "message"),
   [
-    ({"w": 5, "b": 0}, "at w, expected one of the labels 0, 1, got 5"),
+    ({"w": 5, "b": 0}, r"expected one of the labels 0, 1, got 5. Write one of them, or"),
+    (
+      {"w": [0, 1, 0, 1], "b": 0},
+      r"at w/0, .* A list or dict is a tree of its own: write np.array",
+    ),
+    ({"w": np.zeros(6, int), "b": 1}, r"\(NumPy aligns the last axes: give it the shape \(6, 1\)"),
     ({"w": np.full((6, 4), 7), "b": 0}, "at w, expected one of the labels 0, 1, got 7"),
     ({"w": 0, "b": 0}, "expected an element with the label 1, got none"),
     ({"w": np.zeros(3, int), "b": 1}, r"at w, expected .* broadcast to \(6, 4\), got int64 of"),
@@ -230,7 +235,11 @@ def test_wrong_labels_say_where(labels, message):
   ("optimizers", "message"),
   [
     ([optax.sgd(0.1)], "expected a dict of optimizers, got list"),
-    ({1.5: optax.sgd(0.1)}, "expected str or int labels, got 1.5"),
+    ({1.5: optax.sgd(0.1)}, r"at optimizers.1.5., expected a label, str or int, as key, got float"),
+    (
+      {"a": 0.1},
+      r"partition\(optimizers=...\)`: at optimizers.'a'., expected an Optax tr.* float 0.1",
+    ),
     ({1: optax.sgd(0.1), "1": optax.sgd(0.2)}, "labels that read differently, got both '1' and 1"),
     ({"a": None, "b": optax.set_to_zero()}, "at least one optimizer that trains, got none"),
   ],
