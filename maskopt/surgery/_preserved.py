@@ -114,7 +114,8 @@ def check(change: float, old: Model, mode: str, layer: str, where: str) -> None:
     return
   expected = f"the same old outputs (mode={mode!r} promises them)"
   remedy = (
-    'Something computes over all units (a normalisation, a softmax): use mode="init". A forward '
-    "in training mode (batch statistics, dropout) cannot be compared: give one for evaluation."
+    'Something computes over all units (a normalisation, a softmax): use mode="init". Or weights '
+    'that make copied units read them too (a tied table): mode="zero" can. A forward in training '
+    "mode (batch statistics, dropout) cannot be compared: give one for evaluation."
   )
   fail(where, [Problem(layer, expected, f"outputs that change by {change:.2g}")], remedy)
