@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
+from jax import core, lax
 
 from . import _choice, _fresh
+from ._bits import bits, from_bits
 from ._fresh import Constant
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 
@@ -20,6 +21,7 @@ Carry = Callable[[Any, Any], Any]
 
 _WHOLE = (Full, Dense)  # values of the leaf's own shape
 _SINGLE = (Slice, Block)  # one product of index sets
+_CHUNK = 2**14
 
 
 def carrier(old: Layout, old_index: Index, new: Layout, new_index: Index) -> Carry:
@@ -116,18 +118,48 @@ def _between_positions(old: Any, new: Any) -> Carry:
   """Match sorted positions; one that is not among the old finds a neighbour, and differs."""
   if old.shape[0] == 0 or new.shape[0] == 0:
     return lambda before, after: after
-  known = isinstance(old, np.ndarray) and isinstance(new, np.ndarray)
-  lib: Any = np if known else jnp
-  slot = lib.minimum(lib.searchsorted(old, new), old.shape[0] - 1)
+  if not isinstance(old, np.ndarray) or not isinstance(new, np.ndarray):
+    return functools.partial(_in_chunks, old, new)
+  slot = np.minimum(np.searchsorted(old, new), old.shape[0] - 1)
   stays = old[slot] == new
   slot = slot.astype(np.int32)
 
   def carry(before: Any, after: Any) -> Any:
-    moved = before.reshape(-1).at[slot].get(mode="promise_in_bounds", indices_are_sorted=True)
+    moved = _read(before.reshape(-1), slot)
     rest = after.value if isinstance(after, Constant) else after.reshape(-1)
     return jnp.where(stays, moved, rest).reshape(after.shape)
 
   return carry
+
+
+def _read(values: Any, slot: Any) -> Any:
+  return values.at[slot].get(mode="promise_in_bounds", indices_are_sorted=True)
+
+
+def _in_chunks(old: Any, new: Any, before: Any, after: Any) -> Any:
+  """The same for positions that are traced, chunk by chunk into the values that are given.
+
+  What XLA needs for the rare step that changes a mask it sets aside at every step; so here it is
+  some chunks, and not several arrays as long as the values.
+  """
+  if after.dtype == jnp.bfloat16:  # XLA:CPU would write it as float32, and quiet every NaN
+    before, after = bits(before), bits(_fresh.whole(after))
+    return from_bits(_in_chunks(old, new, before, after), jnp.bfloat16)
+  size = min(new.shape[0], _CHUNK)
+  before = before.reshape(-1)
+
+  def carried(k: Any, values: Any) -> Any:
+    # The last chunk may overlap the one before: what is carried twice is the same.
+    start = (jnp.minimum(k * size, new.shape[0] - size),)
+    at = lax.dynamic_slice(new, start, (size,))
+    slot = jnp.minimum(jnp.searchsorted(old, at), old.shape[0] - 1).astype(jnp.int32)
+    rest = lax.dynamic_slice(values, start, (size,))
+    found = jnp.where(_read(old, slot) == at, _read(before, slot), rest)
+    return lax.dynamic_update_slice(values, found, start)
+
+  chunks = -(-new.shape[0] // size)
+  values = _fresh.whole(after).reshape(-1)
+  return lax.fori_loop(0, chunks, carried, values).reshape(after.shape)
 
 
 def _through_leaf(old: Layout, old_index: Index, new: Layout, new_index: Index, *v: Any) -> Any:

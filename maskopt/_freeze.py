@@ -16,7 +16,7 @@ from . import _bits, _copies, _journal, _masters, _packing, _provenance, _remask
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
-from ._masks import Changing, FreezeMask, Turn
+from ._masks import Changing, FreezeMask
 from ._owner import Owner
 from ._packed import Packed, applied, dense, is_packed
 from ._packing import Layouts
@@ -199,15 +199,8 @@ def selective_transform(
       packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
       return inner.update(grads, inner_state, values, **packed)
 
-    def remasked(state: SelectiveState, new: Layouts) -> SelectiveState:
-      return _remask.remasked(inner, inner_update, state, new, params, updates, where)
-
-    if isinstance(next_mask, Turn):
-      state = _remask.once(
-        next_mask.when, lambda s: remasked(s, next_mask.layouts(s.layouts)), state
-      )
-    elif next_mask is not None:
-      state = remasked(state, _remask.with_mask(state.layouts, next_mask, where))
+    if next_mask is not None:
+      state = _remask.remasked(inner, inner_update, state, next_mask, params, updates, where)
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))

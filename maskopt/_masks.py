@@ -66,20 +66,6 @@ class Changing:
     raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """The next value of a runtime mask, if it is another.
-
-  Attributes:
-    layouts: from the layouts in place to those of the next value; a function, so that only a change
-      pays for it.
-    when: whether it is another.
-  """
-
-  layouts: Callable[[Any], Any]
-  when: Any
-
-
 # What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank,
 # or None where there is no parameter.
 LeafMask = bool | np.ndarray | Runtime | None

@@ -173,10 +173,10 @@ class _Merge:
     self, fresh: ScheduledState, sources: Sequence[_Source], new: Layouts, path: str
   ) -> ScheduledState:
     """A runtime schedule goes on at the step of another, and begins after anything else."""
-    counts = [node.count for node, _ in sources if isinstance(node, ScheduledState)]
+    steps = [node.step for node, _ in sources if isinstance(node, ScheduledState)]
     nodes = [(s.inner_state if isinstance(s, ScheduledState) else s, k) for s, k in sources]
     inner = self._merged(fresh.inner_state, nodes, new, _tree.join(path, "inner_state"))
-    return fresh._replace(count=(counts or [fresh.count])[0], inner_state=inner)
+    return fresh.at((steps or [fresh.step])[0], fresh.placed)._replace(inner_state=inner)
 
   def _node(
     self, fresh: Any, children: Any, treedef: Any, sources: Any, new: Layouts, path: str

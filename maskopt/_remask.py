@@ -10,11 +10,49 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _carry, _choice, _copies, _masks, _masters, _packing, _thaw, _tree
+from . import _carry, _choice, _copies, _masks, _masters, _packing, _provenance, _thaw, _tree
 from ._errors import Problem, fail
-from ._layout import Elements, Frozen, Full
-from ._masks import Runtime, Turn
+from ._layout import Dense, Elements, Frozen, Full
+from ._masks import Runtime
+from ._packed import is_packed
 from ._packing import Layouts
+
+
+class Turn:
+  """The next value of a runtime mask, if it is another.
+
+  Attributes:
+    clock: an array that says so; after `once`, what the turn leaves.
+  """
+
+  def __init__(
+    self,
+    clock: Any,
+    *,
+    due: Callable[[Any], Any],
+    done: Callable[[Any], Any],
+    layouts: Callable[[Layouts, Any], Layouts],
+  ):
+    self.clock = clock
+    self._due = due
+    self._done = done
+    self._layouts = layouts
+
+  def once(self, change: Callable[[Any, Callable[[Layouts], Layouts]], Any], state: Any) -> Any:
+    """`change(state, layouts)` if the clock says so, else the state.
+
+    A loop of one turn or none: XLA hands on a loop's state in place, but copies a conditional's.
+    The clock is asked in the loop and goes through it, for small kernels before it are costly: XLA
+    shares them out to threads and waits for these.
+    """
+
+    def turn(carry: Any) -> Any:
+      clock, state = carry
+      return self._done(clock), change(state, lambda layouts: self._layouts(layouts, clock))
+
+    carry = self.clock, state
+    self.clock, state = jax.lax.while_loop(lambda carry: self._due(carry[0]), turn, carry)
+    return state
 
 
 def with_mask(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
@@ -64,7 +102,7 @@ def spread(row: Any, shape: tuple[int, ...]) -> Any:
 def turned(layouts: Layouts, freeze_mask: Any, where: str) -> Layouts:
   """The same layouts with a mask that has its next value, or may have."""
   if isinstance(freeze_mask, Turn):
-    return once(freeze_mask.when, freeze_mask.layouts, layouts)
+    return freeze_mask.once(lambda layouts, change: change(layouts), layouts)
   return with_mask(layouts, freeze_mask, where)
 
 
@@ -72,12 +110,12 @@ def remasked(
   inner: Any,
   inner_update: Callable[[Layouts, Any, Any, Any], Any],
   state: Any,
-  new: Layouts,
+  freeze_mask: Any,
   params: Any,
   updates: Any,
   where: str,
 ) -> Any:
-  """The state of `selective_transform` for the layouts of the next mask.
+  """The state of `selective_transform` for a mask that has its next value, or may have.
 
     leaf'[k] = leaf[j] if trainable'[k] == trainable[j] else fresh[k]
 
@@ -85,7 +123,28 @@ def remasked(
   inner optimizer's `init` gives, with an Adam's moments as `_thaw` seeds them. Other leaves (step
   counts) are kept.
   """
-  old = state.layouts
+
+  def moved(state: Any, new: Layouts, differs: Any) -> Any:
+    return _moved(inner, inner_update, state, new, differs, params, updates, where)
+
+  if isinstance(freeze_mask, Turn):
+    return freeze_mask.once(lambda s, change: moved(s, change(s.layouts), True), state)
+  new = with_mask(state.layouts, freeze_mask, where)
+  return moved(state, new, _differ(state.layouts, new))
+
+
+def _moved(
+  inner: Any,
+  inner_update: Callable[[Layouts, Any, Any, Any], Any],
+  state: Any,
+  new: Layouts,
+  differs: Any,
+  params: Any,
+  updates: Any,
+  where: str,
+) -> Any:
+  old, queue = state.layouts, _Queue(new)
+  params, updates = queue.given(params), queue.given(updates)
   values = _copies.each(lambda p: new.take(p, where), params)
   fresh_masters = _masters.restart(state.masters, values)
   seen = _masters.over(fresh_masters, values)
@@ -101,14 +160,16 @@ def remasked(
     def seeded(start: Any) -> Any:
       return _thaw.seeded(lambda s: inner_update(new, grads, s, seen)[1], start, counts)
 
-    fresh = jax.lax.cond(_differ(old, new), seeded, lambda start: start, fresh)
+    fresh = seeded(fresh) if differs is True else jax.lax.cond(differs, seeded, lambda s: s, fresh)
   carry = _carries(old, new)
 
   def merged(n: int, before: Any, after: Any) -> Any:
     layout = new.static.layouts[n] if n >= 0 else None
     if layout is None or not _carry.is_per_element(layout, before):
       return before
-    return _carry.stacked(carry[n], layout, before, after)
+    if isinstance(layout, (Full, Dense)):  # element by element, in place
+      return _carry.stacked(carry[n], layout, before, after)
+    return queue.next(lambda after: _carry.stacked(carry[n], layout, before, after), after)
 
   inner_state = jax.tree.map(merged, owners, state.inner_state, fresh)
   masters = state.masters
@@ -116,19 +177,48 @@ def remasked(
     masters = _copies.each(
       lambda m, fresh: jax.tree.map(merged, number, m, fresh), masters, fresh_masters
     )
-  return state._replace(inner_state=inner_state, layouts=new, masters=masters)
+  return state._replace(inner_state=inner_state, layouts=queue.last(new, old), masters=masters)
 
 
-def once(when: Any, change: Callable[[Any], Any], state: Any) -> Any:
-  """`change(state)` if `when`, else the state.
+class _Queue:
+  """Arrays computed one after the other, for side by side XLA would hold the scratch of all.
 
-  A loop of one turn or none: XLA hands on a loop's state in place, but copies a conditional's.
+  It plans past barriers, but not past what an array's entries will be.
   """
 
-  def turn(carry: Any) -> Any:
-    return jnp.zeros_like(carry[0]), change(carry[1])
+  def __init__(self, new: Layouts):
+    self._free = _made(jax.tree.leaves(new))
 
-  return jax.lax.while_loop(lambda carry: carry[0], turn, (when, state))[1]
+  def given(self, tree: Any) -> Any:
+    """A tree that is read once the new layouts are known, and not before.
+
+    XLA:CPU reads a narrow leaf from a wide copy. That has to do with no turn of a loop in
+    particular, so it would be made ahead of the loop, at every step.
+    """
+
+    def hidden(x: Any) -> Any:
+      noted = _provenance.made_of.recall(x) or _provenance.unmasked.recall(x)
+      wide = is_packed(x) or noted or jnp.result_type(x).itemsize >= 4
+      return x if wide else jax.lax.optimization_barrier((x, self._free))[0]
+
+    return jax.tree.map(hidden, tree, is_leaf=is_packed)
+
+  def next(self, make: Callable[[Any], Any], x: Any) -> Any:
+    """`make(x)`, once all before it is made."""
+    made = make(jnp.where(self._free, x, jnp.zeros_like(x)))
+    self._free = _made([made])
+    return made
+
+  def last(self, new: Layouts, old: Layouts) -> Layouts:
+    """The new layouts; what the old ones hold is overwritten once it is read no more."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(self._free, a, b), new, old)
+
+
+def _made(arrays: list[Any]) -> Any:
+  """True, once arrays are made."""
+  # Two entries, for one would be read where it is used, and its array kept until then.
+  some = [jnp.real(x).reshape(-1)[:2].astype(jnp.int32) | 1 for x in arrays]
+  return jnp.all(jnp.concatenate(some) != 0) if some else jnp.asarray(True)
 
 
 def _carries(old: Layouts, new: Layouts) -> list[Any]:

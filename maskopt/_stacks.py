@@ -20,8 +20,9 @@ from . import _remask
 from ._errors import Problem, fail
 from ._freeze import mask_of
 from ._layout import Elements, Index
-from ._masks import Runtime, Turn
+from ._masks import Runtime
 from ._packing import Layouts
+from ._remask import Turn
 
 _INT32 = 2**31 - 1
 
@@ -30,33 +31,40 @@ class ScheduledState(NamedTuple):
   """State of a transform whose mask is a runtime schedule.
 
   Attributes:
-    count: updates so far.
-    placed: the stage whose mask `inner_state` works with; -1 if a function of the step gives the
-      coming update another.
-    boundaries: the first step of every stage but the first, then the steps after which all begins
-      again (2**31 - 1 for never).
+    clock: int32 of shape (2 + stages,): `step`, `placed`, the first step of every stage but the
+      first, and after how many steps all begins again (2**31 - 1 for never). One array, for a step
+      of 300 microseconds feels each array that goes through it.
     masks: for each leaf that changes, what its layout needs in each stage: `stacked`; for a
       function of the step only the coming mask.
     inner_state: the state of the transform.
   """
 
-  count: Any
-  placed: Any
-  boundaries: Any
+  clock: Any
   masks: Any
   inner_state: Any
 
   @property
-  def stage(self) -> Any:
-    """The stage of the coming update."""
-    # rem and not %: counts are not negative, and each kernel before the step is felt.
-    step = lax.rem(self.count, self.boundaries[-1])
-    return jnp.sum(step >= self.boundaries[:-1], dtype=jnp.int32)
+  def step(self) -> Any:
+    """Updates so far."""
+    return self.clock[0]
+
+  @property
+  def placed(self) -> Any:
+    """The stage whose mask `inner_state` works with; -1 if the coming update is to have another."""
+    return self.clock[1]
+
+  def at(self, step: Any, placed: Any) -> ScheduledState:
+    """The same state after so many updates, with the mask of a stage in place."""
+    return self._replace(clock=self.clock.at[:2].set(jnp.stack([step, placed])))
 
   def turn(self) -> Turn:
     """The mask of the coming update, if it is not in place."""
-    stage = self.stage
-    return Turn(lambda layouts: placed(layouts, self.masks, stage), stage != self.placed)
+    return Turn(
+      self.clock,
+      due=lambda clock: _stage(clock) != clock[1],
+      done=lambda clock: clock.at[1].set(_stage(clock)),
+      layouts=lambda layouts, clock: placed(layouts, self.masks, _stage(clock)),
+    )
 
   def joined(self) -> Layouts:
     """The freeze mask of the coming update; `mask_of` finds it."""
@@ -64,9 +72,16 @@ class ScheduledState(NamedTuple):
     return _remask.turned(mask_of(pure.inner_state), pure.turn(), "maskopt.mask_of(state)")
 
 
-def boundaries(starts: Sequence[int], period: int | None) -> Any:
-  """The boundaries of a schedule as its state keeps them."""
-  return jnp.asarray([*starts[1:], _INT32 if period is None else period], jnp.int32)
+def _stage(clock: Any) -> Any:
+  """The stage of the coming update."""
+  # rem and not %: counts are not negative, and each kernel before the step is felt.
+  step = lax.rem(clock[0], clock[-1])
+  return jnp.sum(step >= clock[2:-1], dtype=jnp.int32)
+
+
+def clock(starts: Sequence[int], period: int | None) -> Any:
+  """The clock of a schedule at its step 0; the last entry is its period, 2**31 - 1 for none."""
+  return jnp.asarray([0, 0, *starts[1:], _INT32 if period is None else period], jnp.int32)
 
 
 def stacked(masks: Sequence[Any], shape: tuple[int, ...], path: str, where: str) -> tuple[Any, Any]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import core
+from jax import core, lax
 
 # Gradients may be gathered over several steps before Adam sees them.
 _MOST_STEPS = 64
+_RUN = 1024
 
 
 def is_adam(node: Any) -> bool:
@@ -70,12 +71,13 @@ def _next(step: Callable[[Any], Any], state: Any) -> Any:
 
 def _constant(fresh: Any, first: Any, second: Any, count: Any) -> Any:
   """One node with moments of the gradient that led to `first`, as old as `count` steps."""
+  mu1, mu2, squares = _sums(first.mu, second.mu, jax.tree.map(jnp.square, first.mu))
+  nu1, nu2 = _sums(first.nu, second.nu)
   # 1 - b, from moments m and (1 + b) m.
-  rest1 = 2 - _sum(second.mu) / _sum(first.mu)
-  rest2 = 2 - _sum(second.nu) / _sum(first.nu)
+  rest1, rest2 = 2 - mu2 / mu1, 2 - nu2 / nu1
   # No running averages of g and g^2 (Adamax, Yogi), or no gradient at all: leave them as they are.
-  squares = _sum(jax.tree.map(jnp.square, first.mu)) * rest2 / jnp.square(rest1)
-  known = (rest1 > 0) & (rest2 > 0) & (jnp.abs(_sum(first.nu) / squares - 1) < 0.02)
+  squares = squares * rest2 / jnp.square(rest1)
+  known = (rest1 > 0) & (rest2 > 0) & (jnp.abs(nu1 / squares - 1) < 0.02)
   scale1, scale2 = _settled(rest1, count) / rest1, _settled(rest2, count) / rest2
 
   def seed(scale: Any, start: Any, m: Any) -> Any:
@@ -85,7 +87,8 @@ def _constant(fresh: Any, first: Any, second: Any, count: Any) -> Any:
   def filled(nu: Any) -> Any:
     # An element without a gradient yet: when it comes, it counts as its neighbours' did.
     some = nu != 0
-    mean = jnp.sum(nu, dtype=nu.dtype) / jnp.maximum(jnp.count_nonzero(some), 1).astype(nu.dtype)
+    total, count = _sum(nu, some)
+    mean = (total / jnp.maximum(count, 1)).astype(nu.dtype)
     return jnp.where(some | ~known, nu, mean)
 
   mu = jax.tree.map(lambda s, m: seed(scale1, s, m), fresh.mu, first.mu)
@@ -98,6 +101,38 @@ def _settled(rest: Any, count: Any) -> Any:
   return 1 - jnp.exp(count.astype(jnp.float32) * jnp.log1p(-rest))
 
 
-def _sum(moments: Any) -> Any:
-  wide = [jnp.sum(jnp.abs(x), dtype=jnp.float32) for x in jax.tree.leaves(moments)]
-  return sum(wide, jnp.zeros((), jnp.float32))
+def _sums(*trees: Any) -> list[Any]:
+  """For each of some trees alike the sum of all that is in it, without signs."""
+  leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+  sums = [_sum(*map(jnp.abs, arrays)) for arrays in leaves]
+  zeros = (jnp.zeros((), jnp.float32),) * len(trees)
+  return [sum(each) for each in zip(zeros, *sums, strict=True)]
+
+
+def _sum(*arrays: Any) -> tuple[Any, ...]:
+  """The float32 sums of arrays of one shape; in a graph all in one pass.
+
+  What XLA:CPU is to sum it writes into memory first, array by array, and keeps that memory aside at
+  every step, also at those that sum nothing. A reduction of several arrays is one fused loop.
+  """
+  if not isinstance(arrays[0], core.Tracer):
+    return tuple(jnp.sum(x, dtype=jnp.float32) for x in arrays)
+  sums = tuple(x.astype(jnp.float32) for x in arrays)
+  zeros = (jnp.zeros((), jnp.float32),) * len(arrays)
+  while sums[0].ndim:
+    if sums[0].shape[-1] > _RUN:
+      sums = tuple(map(_in_runs, sums))
+    sums = tuple(lax.reduce(sums, zeros, _added, (sums[0].ndim - 1,)))
+  return sums
+
+
+def _in_runs(x: Any) -> Any:
+  """The last dimension as two, for sums of sums round less than one long sum."""
+  rows = -(-x.shape[-1] // _RUN)
+  end = rows * _RUN - x.shape[-1]
+  padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, end)])
+  return padded.reshape(*x.shape[:-1], rows, _RUN)
+
+
+def _added(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+  return tuple(x + y for x, y in zip(a, b, strict=True))

@@ -266,7 +266,7 @@ def test_to_a_runtime_schedule_and_back(old):
   p, before = trained(start, GRADS[:3])
   state = maskopt.migrate(before, p, to=runtime, grads=GRADS[3])
   assert jax.tree.structure(state) == jax.tree.structure(runtime.init(p))
-  assert int(state.count) == 0 and int(state.inner_state.inner_state[0].count) == 3
+  assert int(state.step) == 0 and int(state.inner_state.inner_state[0].count) == 3
   known = np.broadcast_to(False, SHAPE) if old == "plain" else frozen(before)
   full = before[0].nu["w"] if old == "plain" else moment(before, "nu")
   stay = ~known & ~_rows(0, 1)
@@ -303,7 +303,7 @@ def test_a_scheduled_state_maps_over_its_parameters():
   schedule = maskopt.unfreeze_schedule({0: _rows(0, 1), 2: _rows(1, 2)}, mode="runtime")
   tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=schedule)
   state = optax.tree_map_params(tx, lambda x: x + 7, tx.init(jnp.asarray(P["w"])))
-  assert (state.inner_state.inner_state[0].mu == 7).all() and int(state.count) == 0
+  assert (state.inner_state.inner_state[0].mu == 7).all() and int(state.step) == 0
   assert state.masks[""].shape == (2, 2, 1)
 
 
