@@ -1,16 +1,18 @@
 """Time the sliced backward pass against the whole gradient, sliced after, in the same jit.
 
     python benchmarks/slicer.py wall      time, least FLOPs and temporary memory at several shares
-    python benchmarks/slicer.py trace     tracing, lowering and compiling deep models
+    python benchmarks/slicer.py trace     tracing deep models
+    python benchmarks/slicer.py compile   lowering and compiling deep models: gradients, whole steps
     python benchmarks/slicer.py sampled   scattered elements: sampled product against dense + gather
 
 Runs are interleaved and the minimum of each is compared: one program timed against itself differs
-by up to 1.27 on a shared machine.
+by up to 1.27 on a shared machine. Compiling is measured in CPU time, threads included.
 """
 
 from __future__ import annotations
 
 import functools
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from timing import machine, paired_minima
 
-from maskopt._slicer import NONE, Sampled, _sampled, analyze, region, slice_program
+import maskopt
+from maskopt._slicer import NONE, Sampled, _index, _sampled, analyze, region, slice_program
 from maskopt._slicer._take import take
 
 R = np.random.default_rng(0)
@@ -66,8 +70,8 @@ def cnn() -> Any:
   return loss, params, normal(8, 24, 24, c), lambda s: [columns(w.shape, s) for w in params]
 
 
-def transformer() -> Any:
-  e, h, layers = 256, 8, 2
+def transformer(layers: int = 2) -> Any:
+  e, h = 256, 8
   params = [
     {
       "qkv": normal(e, 3 * e, scale=e**-0.5),
@@ -176,8 +180,9 @@ def _programs(grad: Any, wanted: list[Any], *args: Any) -> tuple[Any, Any, Any]:
   return compiled[0], compiled[1], report
 
 
-def deep_mlp(layers: int = 100) -> Any:
-  params = [(normal(64, 64), jnp.zeros(64)) for _ in range(layers)]
+def deep_mlp(layers: int = 100, width: int = 64, axis: int = -1) -> Any:
+  scale = width**-0.5
+  params = [(normal(width, width, scale=scale), jnp.zeros(width)) for _ in range(layers)]
 
   def loss(p: Any, x: Any) -> Any:
     for w, b in p:
@@ -185,10 +190,10 @@ def deep_mlp(layers: int = 100) -> Any:
     return jnp.mean(x**2)
 
   demands: list[Any] = []
-  for _ in range(layers):  # the same units of a layer's kernel and bias
-    kernel = columns((64, 64), 0.1)
-    demands += [kernel, (type(kernel[0])(kernel[0][1:]),)]
-  return loss, params, normal(4, 64), demands
+  for _ in range(layers):  # the same units of a layer's kernel and bias; a row has no bias
+    kernel = columns((width, width), 0.1, axis)
+    demands += [kernel, NONE if axis == 0 else (type(kernel[0])(kernel[0][1:]),)]
+  return loss, params, normal(32, width), demands
 
 
 def deep_transformer(layers: int = 100, wrap: Any = lambda f: f) -> Any:
@@ -209,9 +214,15 @@ def trace() -> None:
     ("100-block transformer, checkpoint per block", *deep_transformer(wrap=jax.checkpoint)),
   ):
     _trace(name, grad, params, x, demands)
-  loss, *rest = deep_mlp(20)
-  _compile("20-layer MLP", jax.grad(loss), *rest)
-  _compile("6-block transformer", *deep_transformer(6))
+
+
+def compile_() -> None:
+  print("| model | program | lower | compile | (CPU time, as shares of the first) |")
+  for axis, what in ((-1, "columns"), (0, "rows")):
+    for width in (64, 1024):
+      _compile(f"100 layers of {width}, {what}", *deep_mlp(100, width, axis))
+  loss, params, x, demands = transformer(12)
+  _compile("12-block transformer, columns", loss, params, x, demands(0.1))
 
 
 def _pair(grad: Any, demands: list[Any], slices: bool = False) -> tuple[Any, Any]:
@@ -243,24 +254,83 @@ def _trace(name: str, grad: Any, params: Any, x: Any, demands: list[Any]) -> Non
   print(f"| {name} | {best[1] / best[0]:.2f} ({best[0]:.2f} s) | {took:.2f} s |")
 
 
-def _compile(name: str, grad: Any, params: Any, x: Any, demands: list[Any]) -> None:
-  programs = [_pair(grad, demands)[0], *_pair(grad, demands, slices=True)]
-  lower, compile_ = [float("inf")] * 3, [float("inf")] * 3
-  for _ in range(4):
-    for k, f in enumerate(programs):
-      jax.clear_caches()
-      traced = jax.jit(f).trace(params, x)
-      start = time.perf_counter()
-      lowered = traced.lower()
-      middle = time.perf_counter()
-      lowered.compile()
-      lower[k] = min(lower[k], middle - start)
-      compile_[k] = min(compile_[k], time.perf_counter() - middle)
-  for what, t in (("lower", lower), ("compile", compile_)):
-    print(
-      f"| {name} | {what} | {t[2] / t[0]:.2f} of the gradient alone | "
-      f"{t[2] / t[1]:.2f} of the gradient, sliced after | {t[0]:.2f} s |"
-    )
+def _compile(name: str, loss: Any, params: Any, x: Any, demands: list[Any]) -> None:
+  whole, sliced_after = (_pair(jax.grad(loss), demands, slices=k)[0] for k in (False, True))
+  gradients = {
+    "gradient": (whole, (params, x)),
+    "gradient, sliced after": (sliced_after, (params, x)),
+    "sliced gradient": (_pair(jax.grad(loss), demands)[1], (params, x)),
+  }
+  for programs in (gradients, _steps(loss, params, x, demands)):
+    best = {program: np.full(2, np.inf) for program in programs}
+    for _ in range(3):
+      for program, (f, args) in programs.items():
+        best[program] = np.minimum(best[program], _compiling(f, args))
+    first = next(iter(best.values()))
+    for program, took in best.items():
+      lower, compile_ = took / first
+      print(f"| {name} | {program} | {lower:.2f} | {compile_:.2f} ({took[1]:.2f} s) |", flush=True)
+
+
+def _compiling(f: Any, args: Any) -> tuple[float, float]:
+  """CPU seconds to lower and to compile; whole steps donate, gradients have nothing to donate."""
+  jax.clear_caches()
+  traced = jax.jit(f, donate_argnums=(0, 1) if len(args) == 3 else ()).trace(*args)
+  start = _cpu_seconds()
+  lowered = traced.lower()
+  middle = _cpu_seconds()
+  lowered.compile()
+  return middle - start, _cpu_seconds() - middle
+
+
+def _cpu_seconds() -> float:
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  return used.ru_utime + used.ru_stime
+
+
+def _steps(loss: Any, params: Any, x: Any, demands: list[Any]) -> dict[str, Any]:
+  """Whole training steps with Adam: JAX's, ours, and ours after JAX's gradient."""
+  leaves, treedef = jax.tree.flatten(params)
+  mask = treedef.unflatten([_frozen(w.shape, d) for w, d in zip(leaves, demands, strict=True)])
+  adam = optax.adam(1e-3)
+  tx = maskopt.selective_transform(adam, freeze_mask=mask)
+
+  def dense(p: Any, state: Any, x: Any) -> Any:
+    updates, state = adam.update(jax.grad(loss)(p, x), state, p)
+    return optax.apply_updates(p, updates), state
+
+  def masked(p: Any, state: Any, x: Any) -> Any:
+    updates, state = adam.update(jax.grad(loss)(p, x), state, p)
+    new = optax.apply_updates(p, updates)
+    return jax.tree.map(jnp.where, mask, p, new), state
+
+  def sliced(p: Any, state: Any, x: Any) -> Any:
+    g = maskopt.grad(loss, maskopt.mask_of(state))(p, x)
+    updates: Any
+    updates, state = tx.update(g, state, p)
+    return maskopt.apply_updates(p, updates), state
+
+  def whole(p: Any, state: Any, x: Any) -> Any:
+    updates: Any
+    updates, state = tx.update(jax.grad(loss)(p, x), state, p)
+    return maskopt.apply_updates(p, updates), state
+
+  dense_state, state = adam.init(params), tx.init(params)
+  return {
+    "step of Optax": (dense, (params, dense_state, x)),
+    "step of Optax, frozen by where": (masked, (params, dense_state, x)),
+    "step of maskopt": (sliced, (params, state, x)),
+    "step of maskopt with jax.grad": (whole, (params, state, x)),
+  }
+
+
+def _frozen(shape: tuple[int, ...], demand: Any) -> Any:
+  if demand is NONE:
+    return True
+  frozen = np.ones(shape, bool)
+  for r in demand:
+    frozen[np.ix_(*map(_index.positions, r, shape))] = False
+  return frozen
 
 
 def sampled() -> None:
@@ -285,4 +355,4 @@ def sampled() -> None:
 
 
 if __name__ == "__main__":
-  {"wall": wall, "trace": trace, "sampled": sampled}[sys.argv[1]]()
+  {"wall": wall, "trace": trace, "compile": compile_, "sampled": sampled}[sys.argv[1]]()
