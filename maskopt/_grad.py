@@ -62,7 +62,9 @@ def value_and_grad(
     A function of the same arguments that returns (value, gradient), or ((value, aux), gradient).
     The gradient has the argument's containers, shapes and dtypes and exact zeros where frozen
     (float0 for integer leaves); NaN and Inf pass as in JAX. Inside one `jit`, `selective_transform`
-    and `apply_updates` receive its blocks and the full-shaped array is never built.
+    and `apply_updates` receive its blocks and the full-shaped array is never built. Devices that
+    share a batch reduce blocks and not whole gradients; scattered elements too if the arguments are
+    placed on their mesh, save those of kernels that a `scan` takes apart.
   Raises:
     ValueError: the mask does not fit the argument; TypeError: a mask leaf is not boolean, or the
       argument is an nnx module (split it, or use its state).

@@ -209,6 +209,19 @@ def matmul_flops(text: str) -> int:
   return total
 
 
+def test_kernels_that_a_scan_takes_apart_are_gathered_after() -> None:
+  def f(p: Any, x: Any) -> Any:
+    return jnp.mean(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p)[0] ** 2)
+
+  m, frozen = mesh(AxisType.Auto), R.random((3, D, D)) >= 0.1
+  p = jax.device_put(normal(3, D, D), NamedSharding(m, P()))
+  x = jax.device_put(normal(N, D), NamedSharding(m, P("data")))
+  got = jax.jit(maskopt.grad(f, frozen))(p, x)
+  np.testing.assert_allclose(got, np.where(frozen, 0, jax.grad(f)(p, x)), rtol=1e-4, atol=1e-6)
+  stops = maskopt.explain(f, frozen, p, x).stops
+  assert any(s.primitive == "scan" and "scattered" in s.reason for s in stops)
+
+
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
 @pytest.mark.parametrize("share", [0.005, 0.1], ids=["sampled", "gathered"])
 @pytest.mark.parametrize("name", ["kernels", "checkpoint", "recurrent"])

@@ -5,6 +5,11 @@
 The partitioner sums a weight gradient over the devices as soon as it is multiplied, before anything
 is gathered of it. Which dimensions are shared only the partitioner knows, under Auto axes, so this
 is one operation with a partitioning of its own. On one device it is a product and a gather.
+
+JAX keeps the Python of a partitioning beside its program. So `jax.export` refuses to serialise it,
+and the persistent compilation cache finds it again in another process only under
+`jax_remove_custom_partitioning_ptr_from_cache_key`. A program traced of arguments that are not yet
+placed (`in_shardings`, shapes without shardings) has none: it reduces first and gathers after.
 """
 
 from __future__ import annotations
