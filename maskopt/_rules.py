@@ -36,9 +36,9 @@ def build_mask(
   - a function `(path, leaf) -> bool`;
   - `...` for everything else.
 
-  A value is True or False; a bool array that broadcasts to the parameter; an index of what to
-  freeze (`np.s_[:, :3]`, `[0, 2]`); `maskopt.units`, `maskopt.heads`, `maskopt.train_only`; or a
-  function of the leaf that returns one of these.
+  A value is True or False; a bool array that broadcasts to the parameter, or `maskopt.runtime` of
+  one; an index of what to freeze (`np.s_[:, :3]`, `[0, 2]`); `maskopt.units`, `maskopt.heads`,
+  `maskopt.train_only`; or a function of the leaf that returns one of these.
 
   Args:
     params: parameters in any containers, an `nnx.Module`, linen variables or an Equinox module;
@@ -55,7 +55,7 @@ def build_mask(
   Raises:
     ValueError: a rule names no parameter, can never apply, or does not fit a parameter; an index is
       out of range or the layer order is unknown. One error lists all of them.
-    TypeError: a pattern or value is of no kind listed here.
+    TypeError: a pattern or value is of no kind listed here, or traced where it must be read.
   Warns:
     UserWarning: everything is frozen.
   Example:
