@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from test_slicer import QUICK
 from test_slicer_sharded import D, N, mesh, reduced_by
 
 import maskopt
+from maskopt._slicer import has_devices
 
 R = np.random.default_rng(0)
 
@@ -151,6 +153,20 @@ def test_one_device_has_nothing_to_share() -> None:
     for where in (jax.devices()[0], NamedSharding(one, P()), NamedSharding(many, P()))
   ]
   assert ["custom_partitioning" in t for t in text] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+  ("backend", "kind", "is_shared"),
+  [("cpu", "cpu", True), ("tpu", "TPU v5 lite", False), ("cpu", "TPU v5 lite", False)],
+  ids=["cpu", "at hand", "compiled ahead of time"],
+)
+def test_tpus_reduce_first(
+  backend: str, kind: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  device = SimpleNamespace(device_kind=kind)
+  m = SimpleNamespace(empty=False, size=N, axis_types=(AxisType.Auto,), abstract_device=device)
+  assert has_devices(SimpleNamespace(sharding=SimpleNamespace(mesh=m))) == is_shared
 
 
 def test_scattered_elements_of_batched_and_second_derivatives() -> None:

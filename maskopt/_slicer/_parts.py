@@ -9,7 +9,8 @@ is one operation with a partitioning of its own. On one device it is a product a
 JAX keeps the Python of a partitioning beside its program. So `jax.export` refuses to serialise it,
 and the persistent compilation cache finds it again in another process only under
 `jax_remove_custom_partitioning_ptr_from_cache_key`. A program traced of arguments that are not yet
-placed (`in_shardings`, shapes without shardings) has none: it reduces first and gathers after.
+placed (`in_shardings`, shapes without shardings) has none, nor has one for TPUs, whose compiler
+calls no Python: these reduce first and gather after.
 """
 
 from __future__ import annotations

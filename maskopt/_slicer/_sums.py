@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
@@ -32,11 +33,16 @@ class Sum(NamedTuple):
 
 
 def has_devices(aval: Any) -> bool:
-  """Whether a value may be spread over several devices by the compiler, as its type shows."""
+  """Whether the compiler may spread a value over devices, as its type shows, and lets us say how.
+
+  TPUs know no partitioning of an operation's own: a program that has one does not compile there.
+  """
   mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
   if mesh is None or mesh.empty or mesh.size == 1:
     return False
-  return all(kind != AxisType.Manual for kind in mesh.axis_types)
+  kind = getattr(mesh.abstract_device, "device_kind", "")  # of a topology, there is no backend
+  known = jax.default_backend() in ("cpu", "gpu") and "tpu" not in kind.lower()
+  return known and all(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def _named(*dims: list[str]) -> tuple[tuple[str, ...], ...]:
