@@ -287,6 +287,19 @@ class TestBadInput:
     ):
       self.grow({"hidden": 2}, mode="progressive")
 
+  def test_units_are_heard_through_other_new_ones(self):
+    params = {k: models._normal(n, (4, 4)) for n, k in enumerate("abcd")}
+    params |= {"one": models._normal(5, (4, 2)), "two": models._normal(6, (4, 2))}
+
+    def forward(p, x):
+      return x @ p["a"] @ p["b"] @ p["one"], x @ p["c"] @ p["d"] @ p["two"]
+
+    given = {"inputs": jnp.ones((2, 4)), "forward": forward, "mode": "progressive"}
+    surgery.grow(params, {"a": 1, "b": 1, "one": 1}, **given)
+    with pytest.raises(ValueError, match="at c, expected new units .* none: d would.*; at d") as e:
+      surgery.grow(params, {"a": 1, "b": 1, "one": 1, "c": 1, "d": 1}, **given)
+    assert "at a," not in str(e.value) and "at b," not in str(e.value)
+
   def test_units_within_one_another(self):
     params = {"a": models._normal(0, (3, 4)), "b": models._normal(1, (3, 5))}
     params["head"] = models._normal(2, (20, 2))

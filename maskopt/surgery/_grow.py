@@ -81,7 +81,8 @@ def grow(
   hidden units of a recurrent cell, the heads of an attention, the tokens of an embedding. New ones
   come after the old; where several runs of units lie on one axis (gates side by side, pixels times
   channels), after each run. Several layers grow at once, in any order, whether one reads the other
-  or not.
+  or not. Sizes and masks that nnx layers carry follow; the static fields of an Equinox module, such
+  as the number of heads, stay.
 
   Args:
     model: an nnx module, linen variables or parameters, or any tree of parameters.
