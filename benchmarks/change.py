@@ -1,11 +1,12 @@
 """What it costs to change the mask: migrating a state, and a schedule that lives in the graph.
 
-python benchmarks/change.py               100M parameters for the migration, 4M for the schedule
+python benchmarks/change.py               100M parameters for the migration, 4M to 64M for schedules
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import machine, paired_minima, stepper
+from timing import machine
 
 import maskopt
 
@@ -74,57 +75,97 @@ def migration_rows(n: int, rounds: int) -> Iterator[str]:
     )
 
 
-def schedule_rows(n: int, rounds: int) -> Iterator[str]:
+def schedules(n: int) -> dict[str, list[Any]]:
+  """Name -> five masks over a leaf of shape (n, n)."""
+  scattered = np.random.default_rng(0).random((n, n)) >= 0.01
+  return {
+    "10% of the rows": [rows(n, k * n // 5, k * n // 5 + n // 10) for k in range(5)],
+    "1% scattered": [np.roll(scattered, k) for k in range(5)],
+    "whole leaf on and off (dense)": [False, True, False, True, False],
+  }
+
+
+def updating(mask: Any) -> tuple[Any, Any, list[int]]:
+  """A compiled step under a mask, its transform, and a list that grows with each trace."""
+  tx, traces = maskopt.selective_transform(ADAM, freeze_mask=mask), []
+
+  def step(p: Any, state: Any, g: Any) -> Any:
+    traces.append(1)
+    updates: Any
+    updates, state = tx.update(g, state, p)
+    return maskopt.apply_updates(p, updates), state
+
+  return jax.jit(step, donate_argnums=(0, 1)), tx, traces
+
+
+def schedule_rows(n: int, rounds: int, places: int) -> Iterator[str]:
   """Five masks in the graph against one runtime mask of the same count, no boundary in between.
 
-  Some 25 us a step are fixed, so the share of a short step says little without many rounds.
+  Where in memory its arrays happen to lie makes a step up to a tenth faster or slower, so every
+  program gets new arrays several times: the ratio is the median over these. The fixed mask's
+  program runs twice, and what its two results differ by is noise.
   """
   rng = np.random.default_rng(0)
   p = jnp.asarray(rng.standard_normal((n, n), np.float32))
-  kinds = {
-    "10% of the rows": [rows(n, k * n // 5, k * n // 5 + n // 10) for k in range(5)],
-    "1% scattered": [rng.permutation(n * n).reshape(n, n) >= n * n // 100 for _ in range(5)],
-    "whole leaf on and off (dense)": [False, True, False, True, False],
-  }
-  for name, masks in kinds.items():
-    schedule = maskopt.unfreeze_schedule(
-      {1_000_000 * k: m for k, m in enumerate(masks)}, mode="runtime"
-    )
+  for name, masks in schedules(n).items():
     first = np.broadcast_to(masks[0], (n, n))
     count = None if masks[0] is False else int((~first).sum())
-    fixed = maskopt.runtime(jnp.asarray(first[:1] if count is None else first), count)
-    runs, traces = {}, {}
-    for key, mask in {"fixed": fixed, "schedule": schedule}.items():
-      tx = maskopt.selective_transform(ADAM, freeze_mask=mask)
-      traces[key] = []
-
-      def step(p: Any, state: Any, g: Any, tx: Any = tx, seen: Any = traces[key]) -> Any:
-        seen.append(1)
-        updates, state = tx.update(g, state, p)
-        return maskopt.apply_updates(p, updates), state
-
-      runs[key] = stepper(step, p, tx.init(p), p)
-    best = paired_minima(runs, rounds)
-    ratio = best["schedule"] / best["fixed"]
-    yield (
-      f"| {name} | {1e3 * best['fixed']:.2f} | {1e3 * best['schedule']:.2f} | {ratio:.3f} "
-      f"| {len(traces['schedule'])} |"
+    fixed = updating(maskopt.runtime(jnp.asarray(first[:1] if count is None else first), count))
+    turning = updating(
+      maskopt.unfreeze_schedule({1_000_000 * k: m for k, m in enumerate(masks)}, mode="runtime")
     )
+    steps = {"fixed": fixed, "again": fixed, "schedule": turning}
+    best = []
+    for _ in range(places):
+      runs = {key: running(step, p, tx.init(p)) for key, (step, tx, _) in steps.items()}
+      best.append(shuffled_minima(runs, rounds, rng))
+      del runs
+    ratio = statistics.median(2 * t["schedule"] / (t["fixed"] + t["again"]) for t in best)
+    noise = statistics.median(t["again"] / t["fixed"] for t in best)
+    fastest = {key: min(1e3 * t[key] for t in best) for key in steps}
+    yield (
+      f"| {n * n / 2**20:.0f}M, {name} | {fastest['fixed']:.2f} | {fastest['schedule']:.2f} "
+      f"| {ratio:.3f} | {noise:.3f} | {len(turning[2])} |"
+    )
+
+
+def running(step: Any, p: Any, state: Any) -> Callable[[], Any]:
+  """A run of a step that carries a copy of the parameters and the state along."""
+  carried = [p.copy(), state]
+
+  def run() -> Any:
+    carried[:] = step(*carried, p)
+    return carried[0]
+
+  return run
+
+
+def shuffled_minima(runs: dict[str, Any], rounds: int, rng: Any) -> dict[str, float]:
+  """The seconds of each program's fastest round; whose turn comes after whose is drawn anew."""
+  best = dict.fromkeys(runs, float("inf"))
+  for turn in range(rounds + 2):
+    for name in rng.permutation(list(runs)):
+      start = time.perf_counter()
+      jax.block_until_ready(runs[name]())
+      if turn >= 2:
+        best[name] = min(best[name], time.perf_counter() - start)
+  return best
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--side", type=int, default=10_000)
   parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--schedule-side", type=int, default=2048)
+  parser.add_argument("--schedule-sides", type=int, nargs="+", default=[2048, 4096, 8192])
   parser.add_argument("--only", choices=("migrate", "schedule"))
   args = parser.parse_args()
   print(f"Adam, float32 ({args.side}, {args.side}); {machine()}")
   if args.only != "migrate":
-    print("| runtime schedule of 5 masks | fixed mask ms | schedule ms | ratio | traces |")
-    print("| --- " * 5 + "|")
-    for row in schedule_rows(args.schedule_side, 300):
-      print(row, flush=True)
+    print("| runtime schedule of 5 masks | fixed mask ms | schedule ms | ratio | noise | traces |")
+    print("| --- " * 6 + "|")
+    for side in args.schedule_sides:
+      for row in schedule_rows(side, 100 * 2048 // side, places=7):
+        print(row, flush=True)
   if args.only == "schedule":
     return
   print(
