@@ -293,7 +293,7 @@ def test_a_runtime_schedule_goes_on_where_another_stood():
   for g in GRADS[:4]:
     _, state = a.update(g["w"], state, w)
   after = maskopt.migrate(state, w, to=b, grads=GRADS[4]["w"])
-  assert int(after.count) == 4
+  assert int(after.step) == 4
   assert np.array_equal(maskopt.mask_of(after).freeze_mask, np.broadcast_to(_rows(2, 3), SHAPE))
   updates, _ = b.update(GRADS[4]["w"], after, w)
   assert np.array_equal(np.asarray(updates) != 0, np.broadcast_to(~_rows(2, 3), SHAPE))
