@@ -110,7 +110,7 @@ def schedule_rows(n: int, rounds: int, places: int) -> Iterator[str]:
   for name, masks in schedules(n).items():
     first = np.broadcast_to(masks[0], (n, n))
     count = None if masks[0] is False else int((~first).sum())
-    fixed = updating(maskopt.runtime(jnp.asarray(first[:1] if count is None else first), count))
+    fixed = updating(maskopt.runtime(jnp.asarray(first[:, :1] if count is None else first), count))
     turning = updating(
       maskopt.unfreeze_schedule({1_000_000 * k: m for k, m in enumerate(masks)}, mode="runtime")
     )
