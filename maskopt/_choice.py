@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -92,7 +93,7 @@ def choose(
       return packed
   # Elements and Dense layouts of one mask share their digest, and so their gradients.
   digest = _layout.digest(trainable.shape, np.packbits(trainable).tobytes())
-  blocks = blocks_of(trainable, shape)
+  blocks = blocks_of(trainable, shape) if dims is None else (dims,)
   if _elements_pay(share, math.prod(shape), limits, prefer):
     flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
     return Elements(shape, name, digest, blocks, len(flat)), {"flat": flat}
@@ -100,7 +101,7 @@ def choose(
   return Dense(shape, name, digest, blocks, count), {"frozen": mask}
 
 
-def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray] | None:
+def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> Sets | None:
   """The per-dimension index sets whose product the trainable elements are, or None.
 
   A set is a product exactly if its size is the product of the sizes of its projections. Works on
@@ -112,7 +113,13 @@ def index_sets(trainable: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray
   ]
   if np.count_nonzero(trainable) != math.prod(int(np.count_nonzero(p)) for p in projections):
     return None
-  return [np.flatnonzero(np.broadcast_to(p, (n,))) for p, n in zip(projections, shape, strict=True)]
+  return tuple(_along(p, n) for p, n in zip(projections, shape, strict=True))
+
+
+def _along(projection: Any, n: int) -> range | np.ndarray:
+  """The chosen positions of one dimension, of size n."""
+  # A dimension may be far larger than all that its mask says of it.
+  return range(n) if projection.all() else as_range(np.flatnonzero(projection))
 
 
 def blocks_of(trainable: np.ndarray, shape: tuple[int, ...], most: int = 4) -> tuple[Sets, ...]:
@@ -140,21 +147,24 @@ def blocks_of(trainable: np.ndarray, shape: tuple[int, ...], most: int = 4) -> t
   return tuple(found)
 
 
-def as_range(positions: np.ndarray) -> range | np.ndarray:
+def as_range(positions: range | np.ndarray) -> range | np.ndarray:
   """Sorted positions as a range, if they are contiguous."""
-  first, last = int(positions[0]), int(positions[-1])
-  return range(first, last + 1) if last - first + 1 == len(positions) else positions
+  if len(positions) == 0 or positions[-1] - positions[0] + 1 != len(positions):
+    return positions
+  return range(int(positions[0]), int(positions[-1]) + 1)
 
 
-def block(dims: list[np.ndarray], shape: tuple[int, ...], name: str) -> tuple[Layout, Index]:
+def block(
+  dims: Sequence[range | np.ndarray], shape: tuple[int, ...], name: str
+) -> tuple[Layout, Index]:
   """The layout of a product of index sets, sorted, one for each dimension."""
   sizes = tuple(len(d) for d in dims)
   sets = tuple(as_range(d) for d in dims)
   if all(isinstance(d, range) for d in sets):
-    start = np.array([d[0] for d in dims], np.int32)
+    start = np.array([d[0] for d in sets], np.int32)
     digest = _layout.digest("slice", start.tobytes())
     return Slice(shape, name, digest, (sets,), sizes), {"start": start}
-  picked = tuple(d.astype(np.int32) for d, n in zip(dims, shape, strict=True) if len(d) != n)
+  picked = tuple(np.asarray(d, np.int32) for d, n in zip(sets, shape, strict=True) if len(d) != n)
   digest = _layout.digest("block", *(d.tobytes() for d in picked))
   return Block(shape, name, digest, (sets,), sizes), {"dims": picked}
 

@@ -1,12 +1,16 @@
 """Which layout a mask gets: from its structure, its share and the platform."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
+import maskopt
 from maskopt import _choice, _masks
 
 N = 1024
@@ -146,3 +150,25 @@ def test_positions_past_32_bits_are_never_packed(prefer):
     keep_rank=True,
   )
   assert layout.kind == "Dense"
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory"])
+@pytest.mark.parametrize("frozen", [[True, False, False, True], [True, False, True, False]])
+@pytest.mark.parametrize("shape", [(10**9, 4), (4, 10**9)])
+def test_a_whole_dimension_costs_nothing(shape, frozen, prefer):
+  """A billion rows of which the mask says one thing: positions would be 8 GB."""
+  mask = {"w": np.array(frozen).reshape([4 if n == 4 else 1 for n in shape])}
+  params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=mask, prefer=prefer)
+  tracemalloc.start()
+  try:
+    shown = str(maskopt.summary(params, mask))
+    state = jax.eval_shape(tx.init, params)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 10_000_000
+  assert "2,000,000,000" in shown
+  layout = maskopt.mask_of(state).static.layouts[0]
+  assert layout.count == 2 * 10**9
+  assert any(d == range(10**9) for d in layout.blocks[0])
