@@ -91,9 +91,12 @@ def choose(
     limit = _block_limit(packed[0], limits)
     if limit is not None and ((pays and share <= limit) or prefer != "time" or keep_rank):
       return packed
-  # Elements and Dense layouts of one mask share their digest, and so their gradients.
-  digest = _layout.digest(trainable.shape, np.packbits(trainable).tobytes())
-  blocks = blocks_of(trainable, shape) if dims is None else (dims,)
+  # All layouts of one mask share their digest, and so their gradients.
+  if dims is not None:
+    digest, blocks = _digest(dims), (dims,)
+  else:
+    digest = _layout.digest(trainable.shape, np.packbits(trainable).tobytes())
+    blocks = blocks_of(trainable, shape)
   if _elements_pay(share, math.prod(shape), limits, prefer):
     flat = np.flatnonzero(np.broadcast_to(trainable, shape)).astype(np.int32)
     return Elements(shape, name, digest, blocks, len(flat)), {"flat": flat}
@@ -162,11 +165,15 @@ def block(
   sets = tuple(as_range(d) for d in dims)
   if all(isinstance(d, range) for d in sets):
     start = np.array([d[0] for d in sets], np.int32)
-    digest = _layout.digest("slice", start.tobytes())
-    return Slice(shape, name, digest, (sets,), sizes), {"start": start}
+    return Slice(shape, name, _digest(sets), (sets,), sizes), {"start": start}
   picked = tuple(np.asarray(d, np.int32) for d, n in zip(sets, shape, strict=True) if len(d) != n)
-  digest = _layout.digest("block", *(d.tobytes() for d in picked))
-  return Block(shape, name, digest, (sets,), sizes), {"dims": picked}
+  return Block(shape, name, _digest(sets), (sets,), sizes), {"dims": picked}
+
+
+def _digest(sets: Sets) -> str:
+  return _layout.digest(
+    *(s if isinstance(s, range) else s.astype(np.int64).tobytes() for s in sets)
+  )
 
 
 def _block_limit(layout: Layout, limits: Limits) -> float | None:

@@ -116,7 +116,7 @@ class Layouts:
       if layout is None or (not is_packed(leaf) and _tree.is_hole(leaf)):
         continue
       if is_packed(leaf):
-        if leaf.layout != layout and leaf.index is None:
+        if not leaf.layout.stores_like(layout) and leaf.index is None:
           got = f"{leaf.layout.kind} values of shape {leaf.layout.packed_shape}"
           problems.append(Problem(path, f"{layout.kind} values of {layout.packed_shape}", got))
       elif shapes and np.shape(leaf) != layout.shape:
@@ -160,13 +160,14 @@ class Layouts:
 def came_packed(leaf: Any, layout: Layout, index: Index) -> bool:
   """Whether a leaf's packed values are at hand, so that nothing dense needs to exist."""
   record = _provenance.made_of.recall(leaf)
-  return is_packed(leaf) or (record is not None and record.stands_for(layout, index))
+  return is_packed(leaf) or (record is not None and record.values_of(layout, index) is not None)
 
 
 def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
   record = _provenance.made_of.recall(leaf)
-  if record is not None and record.stands_for(layout, index):
-    return record.values
+  values = None if record is None else record.values_of(layout, index)
+  if values is not None:
+    return values
   whole = _provenance.unmasked.recall(leaf)
   if whole is not None and whole.is_of_mask(layout, index):
     return layout.take(whole.values, index)
@@ -176,8 +177,9 @@ def _taken(leaf: Any, layout: Layout, index: Index) -> Any:
 def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
   """Packed values as another layout, or the next value of a runtime mask, stores them."""
   record = Record(leaf.layout, leaf.index or index, leaf.values)
-  if record.stands_for(layout, index):
-    return leaf.values
+  values = record.values_of(layout, index)
+  if values is not None:
+    return values
   if leaf.values is None:
     return optax.MaskedNode()
   assert leaf.index is not None  # `Layouts.flat` has refused it otherwise

@@ -267,9 +267,9 @@ def _values(
 ) -> Any:
   """The values of one group, from gradients in whatever form they came."""
   record = None if is_packed(leaf) else _provenance.made_of.recall(leaf)
-  known = whole is not None and record is not None and record.stands_for(whole, indices)
-  if known or (is_packed(leaf) and leaf.layout == whole):
-    values = record.values if record is not None else leaf.values
+  known = None if whole is None or record is None else record.values_of(whole, indices)
+  if known is not None or (is_packed(leaf) and leaf.layout == whole):
+    values = leaf.values if known is None else known
     return (
       values[part] if isinstance(whole, _joint.Joint) else _of_full(values, whole, layout, index)
     )

@@ -29,11 +29,14 @@ class Record:
   values: Any
   sets: bool = False
 
-  def stands_for(self, layout: Any, index: Any) -> bool:
-    """Whether the values are what this layout would take from the array."""
-    if self.sets or self.layout != layout:
-      return False
-    return self.is_of_mask(layout, index)
+  def values_of(self, layout: Any, index: Any) -> Any:
+    """What this layout would take from the array; None if that is not at hand."""
+    if self.sets or not self.is_of_mask(layout, index):
+      return None
+    if self.layout == layout:
+      return self.values
+    alike = self.layout.stores_like(layout)
+    return self.values.reshape(layout.packed_shape) if alike else None
 
   def is_of_mask(self, layout: Any, index: Any) -> bool:
     """Whether the values belong to the very mask of this layout, however that stores it."""

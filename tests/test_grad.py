@@ -396,3 +396,34 @@ def test_any_library(library):
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   for a, b, m in zip(*map(jax.tree.leaves, (ours, theirs, mask)), strict=True):
     np.testing.assert_allclose(a, np.where(m, 0, b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_of_a_mask_fits_whatever_the_optimizer_stores_it_as(packed):
+  """Columns are a block to the gradient and elements to the optimizer; in between is nothing dense.
+
+  The mask may come as it was, broadcast, or as the transform works with it.
+  """
+  params, x = {"w": jnp.ones((1024, 512))}, jnp.full((8, 1024), 1e-3)
+  columns = np.arange(512) % 10 > 0
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": columns})
+  state = tx.init(params)
+  assert dict(maskopt.mask_of(state).items())["w"].kind == "Elements"
+
+  def compiled(mask):
+    def step(params, state, x):
+      loss = maskopt.grad(lambda p, x: jnp.tanh(x @ p["w"]).sum(), mask, packed=packed)
+      updates, state = tx.update(loss(params, x), state, params)
+      return maskopt.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x).compile()
+
+  whole = np.tile(columns, (1024, 1))
+  for mask in ({"w": columns}, {"w": whole}, maskopt.mask_of(state)):
+    program = compiled(mask)
+    assert program.as_text().count(" scatter(") == 1  # the parameter's own
+    assert program.memory_analysis().temp_size_in_bytes < params["w"].nbytes / 2
+    copies = jax.tree.map(jnp.array, (params, state))
+    new, _ = program(*copies, x)
+    moved = np.asarray(new["w"] != params["w"])
+    assert moved[:, ~columns].all() and not moved[:, columns].any()
