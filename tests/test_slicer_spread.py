@@ -86,5 +86,5 @@ def test_the_step_of_small_leaves_scatters_nothing(kind: str, from_state: bool) 
 
 
 def test_large_leaves_are_written_in_place() -> None:
-  assert not _spread.pays((257, 256))
+  assert not _spread.spread_pays((257, 256))
   assert "scatter" in _step(1024, "rows", from_state=True)

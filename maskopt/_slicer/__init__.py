@@ -13,6 +13,6 @@ from ._plan import (
 )
 from ._region import Region as Region, region as region
 from ._sampled import Sampled as Sampled
-from ._spread import pays as spread_pays, spread as spread
+from ._spread import spread as spread, spread_pays as spread_pays
 from ._sums import has_devices as has_devices
 from ._union import in_order as in_order

@@ -23,7 +23,7 @@ from ._take import unsharded
 MOST: Final = 2**16
 
 
-def pays(shape: Sequence[int]) -> bool:
+def spread_pays(shape: Sequence[int]) -> bool:
   """Whether an array of this shape is better read from a block than written into."""
   return int(np.prod(shape)) <= MOST and jax.default_backend() == "cpu"
 
