@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from . import _bits, _copies, _journal, _masters, _packing, _provenance, _remask, _tree
+from . import _arguments, _bits, _copies, _journal, _masters, _packing, _provenance, _remask, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._layout import Frozen, Full, Index, Layout
@@ -77,6 +77,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
     `freeze_mask=` too: the next value of a runtime mask, without a retrace.
   Raises:
     ValueError: the mask names no parameter, misses one, or does not broadcast; lists every path.
+      The state is another mask's, or none.
     TypeError: a mask leaf is not boolean, or an integer parameter would train.
   Example:
     >>> import jax.numpy as jnp, numpy as np, optax, maskopt
@@ -98,7 +99,7 @@ def masked_freeze(freeze_mask: FreezeMask) -> optax.GradientTransformationExtraA
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     del params
-    owner.check(state.layouts)
+    owner.check(state, MaskedFreezeState)
     layouts, next_mask = state.layouts, extra.get("freeze_mask")
     if next_mask is not None:
       layouts = _remask.turned(layouts, next_mask, where)
@@ -150,9 +151,10 @@ def selective_transform(
     elements that stay trainable keep their moments, newly trainable ones start anew, and under an
     Adam as if their first gradient had always been theirs (see `migrate`): one learning rate long.
   Raises:
-    ValueError: the mask does not fit the parameters, the state is another mask's, or one array
-      stands at two paths.
-    TypeError: a mask leaf is not boolean, or an integer parameter would train.
+    ValueError: the mask does not fit the parameters, the state is another mask's or none, or one
+      array stands at two paths.
+    TypeError: a mask leaf is not boolean, an integer parameter would train, or `master_dtype` is
+      no dtype of floats.
   Warns:
     UserWarning: the optimizer depends on the shape of a leaf (muon, adafactor) whose trainable
       elements are no block; names the leaf.
@@ -166,10 +168,9 @@ def selective_transform(
     1.0
   """
   where = "maskopt.selective_transform(freeze_mask=...)"
-  if prefer not in ("time", "memory"):
-    problem = Problem("", '"time" or "memory"', repr(prefer))
-    fail("maskopt.selective_transform(prefer=...)", [problem], "Leave it out for speed.")
-  inner = _with_extra_args(optimizer)
+  _arguments.check_prefer(prefer)
+  _arguments.check_master_dtype(master_dtype)
+  inner = _arguments.with_extra_args(optimizer)
   if isinstance(freeze_mask, Changing) and freeze_mask.mode == "runtime":
 
     def make(mask: FreezeMask) -> optax.GradientTransformationExtraArgs:
@@ -189,14 +190,14 @@ def selective_transform(
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     next_mask = extra.pop("freeze_mask", None)
-    owner.check(state.layouts)
+    owner.check(state, SelectiveState)
     _copies.check_gradients(updates, where)
-    _need_params(params, where, master_dtype, next_mask)
+    _arguments.need_params(params, where, master_dtype, next_mask)
     if next_mask is not None:
-      _need_positions(updates, where)
+      _arguments.need_positions(updates, where)
 
     def inner_update(layouts: Layouts, grads: Any, inner_state: Any, values: Any) -> Any:
-      packed = {k: _packed_argument(v, layouts, params, where) for k, v in extra.items()}
+      packed = {k: _arguments.packed_argument(v, layouts, params, where) for k, v in extra.items()}
       return inner.update(grads, inner_state, values, **packed)
 
     if next_mask is not None:
@@ -229,33 +230,6 @@ def _received(layouts: Layouts, flat: _tree.Flat) -> Iterator[_journal.Received]
       yield _journal.Received(path, layout.kind, packed)
 
 
-def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-  if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-    problem = Problem("", "an Optax transformation", describe(optimizer), TypeError)
-    fail("maskopt.selective_transform(optimizer, ...)", [problem], "Give it optax.adam(1e-3), say.")
-  if isinstance(optimizer, optax.GradientTransformation):
-    return optax.with_extra_args_support(optimizer)
-  return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)  # MultiSteps
-
-
-def _need_params(params: Any, where: str, master_dtype: Any, next_mask: Any) -> None:
-  if params is None and (master_dtype is not None or next_mask is not None):
-    expected = "the parameters as update's third argument (master_dtype and freeze_mask= read them)"
-    fail(where, [Problem("", expected, "None")], "Call tx.update(grads, state, params).")
-
-
-def _need_positions(grads: Any, where: str) -> None:
-  """Refuse packed gradients of an unknown runtime mask beside the next one."""
-  flat = _tree.flatten(grads, is_leaf=is_packed)
-  problems = [
-    Problem(path, "an array, or values packed in this trace", "packed values of an earlier mask")
-    for path, g in zip(flat.paths, flat.leaves, strict=True)
-    if is_packed(g) and g.values is not None and not g.layout.digest and g.index is None
-  ]
-  if problems:
-    fail(where, problems, "Pack with the next mask, or change the mask with array gradients.")
-
-
 def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any) -> Any:
   """One leaf's update in the form its gradient had: packed in, packed out; array in, array out.
 
@@ -276,42 +250,6 @@ def _outgoing(grad: Any, layout: Layout, index: Index, update: Any, target: Any)
   if isinstance(layout, Full):
     return update
   return dense(Record(layout, index, update), update.dtype)
-
-
-def _packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:
-  """An extra argument as the inner optimizer must see it; functions see full parameters."""
-  if callable(value) and params is not None:
-
-    def on_full(*args: Any, **kwargs: Any) -> Any:
-      args = tuple(_unpacked_argument(a, layouts, params, where) for a in args)
-      return _packed_argument(value(*args, **kwargs), layouts, params, where)
-
-    return on_full
-  if _matches(value, layouts, lambda layout: layout.shape):
-    return layouts.take(value, where)
-  return value
-
-
-def _unpacked_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:
-  if not _matches(value, layouts, lambda layout: layout.packed_shape):
-    return value
-  full = layouts.flat(_copies.trained(params), where)
-  return layouts.map(lambda p, layout, index, v: layout.put(v, p, index), full, value)
-
-
-def _matches(value: Any, layouts: Layouts, shape_of: Callable[[Layout], Any]) -> bool:
-  """Whether a tree has the parameters' paths and the given shapes; a lone scalar is no tree."""
-  flat = _tree.flatten(value)
-  if flat.paths != layouts.static.paths or flat.paths == ("",) and np.shape(value) == ():
-    return False
-  return all(
-    layout is None or (_shape(leaf) == shape_of(layout))
-    for leaf, layout in zip(flat.leaves, layouts.static.layouts, strict=True)
-  )
-
-
-def _shape(leaf: Any) -> tuple[int, ...] | None:
-  return None if _tree.is_hole(leaf) else np.shape(leaf)
 
 
 def apply_updates(params: chex.ArrayTree, updates: chex.ArrayTree) -> chex.ArrayTree:

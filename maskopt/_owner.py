@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _coupling, _masks, _packing
+from . import _coupling, _masks, _owned, _packing
 from ._choice import Prefer
 from ._errors import Problem, fail
 from ._layout import Dense, Elements, Layout
@@ -73,11 +73,14 @@ class Owner:
     # Copies, for a loop that donates its state must not take the caller's mask away.
     return jax.tree.map(jnp.array, layouts)
 
-  def check(self, layouts: Any) -> None:
-    """Raise unless the layouts in a state are those our mask gets."""
-    if not isinstance(layouts, Layouts):
-      problem = Problem("", "the state that init(params) returned", type(layouts).__name__)
-      fail(self._where, [problem], "Call init with the parameters.")
+  def check(self, state: Any, kind: type) -> None:
+    """Raise unless it is a state of that kind, with the layouts that our mask gets."""
+    layouts = getattr(state, "layouts", None)
+    if not isinstance(state, kind) or not isinstance(layouts, Layouts):
+      got = _owned.named(layouts if isinstance(state, kind) else state)
+      problem = Problem("", "the state that init(params) returned", got)
+      remedy = "Call tx.update(grads, state, params) with the state of this very transform."
+      fail(f"{self._where}.update", [problem], remedy)
     static = layouts.static
     if static.digest in self._mine:
       return

@@ -409,3 +409,40 @@ def test_runtime_masks_keep_moments_of_what_stays_trainable():
   with pytest.raises(ValueError, match=r"at w, expected a static mask, as init was given"):
     static = maskopt.selective_transform(optax.sgd(1.0), freeze_mask={"w": np.arange(6) < 3})
     static.update(params, static.init(params), params, freeze_mask=mask(0, 1))
+
+
+@pytest.mark.parametrize("name", ["masked_freeze", "selective_transform"])
+def test_update_refuses_what_is_no_state_of_its_own(name):
+  mask, params = {"w": np.array([True, False])}, {"w": jnp.ones(2)}
+  selects = name == "selective_transform"
+  tx = (
+    maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask)
+    if selects
+    else maskopt.masked_freeze(mask)
+  )
+  others = {
+    "a tuple of 2": optax.sgd(0.1).init(params),
+    "a dict of 1": params,  # arguments in another order
+    "NoneType None": None,
+    r"ScaleByAdamState\(count, mu, nu\)": optax.scale_by_adam().init(params),
+    "int 0": tx.init(params)._replace(layouts=0),
+  }
+  for got, state in others.items():
+    with pytest.raises(
+      ValueError,
+      match=rf"`maskopt.{name}\(freeze_mask=...\).update`: at the root, expected the state that "
+      rf"init\(params\) returned, got {got}. Call tx.update\(grads, state, params\)",
+    ):
+      tx.update(params, state, params)
+  assert tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "got"), [(jnp.int32, "int32"), ("float33", "str 'float33'"), (jnp.complex64, "complex")]
+)
+@pytest.mark.parametrize("freeze_mask", [True, False])
+def test_master_dtype_is_checked_when_the_transform_is_built(dtype, got, freeze_mask):
+  with pytest.raises(
+    TypeError, match=rf"selective_transform\(master_dtype=...\)`.*expected a float dtype, got {got}"
+  ):
+    maskopt.selective_transform(optax.sgd(0.1), freeze_mask=freeze_mask, master_dtype=dtype)
