@@ -199,7 +199,7 @@ def _table(comparison: Comparison) -> Table:
   row("frozen but changed", "", *(f"{x.audit.changed:,}" for x in outcomes))
   largest = [comparison.largest_frozen_change(x) for x in outcomes]
   row("the largest change", "", *(f"{c:.2g}" for c in largest))
-  row("outputs 0 to 4", "", *("bit-equal" if x.outputs_kept else "other" for x in outcomes))
+  row("outputs 0 to 4", "", *("bit-equal" if x.outputs_kept else "differ" for x in outcomes))
   row("audit", "", *(_passed(x.audit.ok) for x in outcomes))
   return table
 
