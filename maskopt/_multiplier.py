@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from . import _masks, _packing, _provenance, _tree
+from . import _masks, _owned, _packing, _provenance, _tree
 from ._errors import Problem, describe, fail
 from ._packing import Packed, is_packed
 from ._provenance import Record
 
 _WHERE = "maskopt.scale_by_multiplier(multipliers=...)"
-_BUILD = "Build the tree with maskopt.build_multipliers."
 
 
 class MultiplierState(NamedTuple):
-  """State of `scale_by_multiplier`: one factor for each leaf, in the order of the leaves."""
+  """State of `scale_by_multiplier`: the factor of each leaf, by path."""
 
   factors: Any
 
@@ -33,13 +33,15 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
   `selective_transform` in one `jit` it scales the packed values; dense updates stay unbuilt.
 
   Args:
-    multipliers: a number, or an array that broadcasts to the parameter, per leaf or subtree; a
-      function of the parameters is called once, in `init`. Zero freezes updates, not moments.
+    multipliers: a finite number, or an array of these that broadcasts to the parameter, per leaf or
+      subtree; a function of the parameters is called once, in `init`. Zero freezes updates, not
+      moments; a negative factor moves the other way.
   Returns:
     A transformation; updates keep structure, shapes and dtypes. The factors are in its state, in
     their broadcastable shapes, so they may change without a retrace.
   Raises:
-    ValueError: a path is missing, unknown, or its factor does not broadcast; lists every path.
+    ValueError: a path is missing, unknown, or its factor does not broadcast, is NaN or infinite
+      (unless it is traced); lists every path.
     TypeError: a factor is not a real number, or an update *sets* its parameter (`master_dtype`).
   Example:
     >>> import jax.numpy as jnp, optax, maskopt
@@ -55,23 +57,42 @@ def scale_by_multiplier(multipliers: Any) -> optax.GradientTransformationExtraAr
     flat = _tree.flatten(params)
     given = _masks.evaluate(multipliers, params)
     factors = _masks.align(_tree.flatten(given), flat, _checked, _WHERE, "a multiplier")
-    return MultiplierState(tuple(None if f is None else jnp.asarray(f) for f in factors))
+    factors = zip(map(_key, flat.paths), factors, strict=True)
+    return MultiplierState({k: jnp.asarray(f) for k, f in factors if f is not None})
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     del params, extra
     flat = _tree.flatten(updates, is_leaf=is_packed)
-    if len(flat.leaves) != len(state.factors):
-      got = f"{len(flat.leaves)} leaves"
-      fail(
-        _WHERE, [Problem("", f"updates of {len(state.factors)} leaves", got)], "Call init again."
-      )
+    _check(state, flat)
     leaves = [
-      scaled(u, factor, path)
-      for path, u, factor in zip(flat.paths, flat.leaves, state.factors, strict=True)
+      scaled(u, state.factors.get(_key(path)), path)
+      for path, u in zip(flat.paths, flat.leaves, strict=True)
     ]
     return flat.unflatten(leaves), state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _key(path: str) -> str:
+  """A leaf's name in the state, where none may be empty."""
+  return path or "root"
+
+
+def _check(state: Any, flat: _tree.Flat) -> None:
+  """Raise unless the state is ours, with a factor for every update."""
+  factors = getattr(state, "factors", None)
+  if not isinstance(state, MultiplierState) or not isinstance(factors, dict):
+    problem = Problem("", "the state that init(params) returned", _owned.named(state))
+    fail(f"{_WHERE}.update", [problem], "Call tx.update(updates, state).")
+  given = {_key(path) for path in flat.paths}
+  problems = [Problem(key, "an update", "none") for key in factors if key not in given]
+  problems += [
+    Problem(path, "no update, for the parameters had none of that path", "one")
+    for path, u in zip(flat.paths, flat.leaves, strict=True)
+    if _key(path) not in factors and (is_packed(u) or not _tree.is_hole(u))
+  ]
+  if problems:
+    fail(f"{_WHERE}.update", problems, "Call init with the parameters that the updates are of.")
 
 
 def _checked(
@@ -80,8 +101,11 @@ def _checked(
   """One leaf's factor as an array of the leaf's rank or a scalar."""
   array = factor if isinstance(factor, (np.ndarray, jax.Array)) else np.asarray(factor)
   shape = np.shape(leaf)
-  if array.dtype == bool or not jnp.issubdtype(array.dtype, np.number):
+  if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating)):
     problems.append(Problem(path, "a real factor", describe(factor), TypeError))
+  elif not _is_finite(array):
+    got = describe(array) + " with NaN or infinity" if array.ndim else str(float(array))
+    problems.append(Problem(path, "finite factors", got))
   elif array.ndim and not own:
     problems.append(Problem(path, "a number, for it is given to a subtree", describe(array)))
   elif not _masks.broadcasts(array.shape, shape):
@@ -90,6 +114,13 @@ def _checked(
     rank = len(shape) if array.ndim else 0
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
   return None
+
+
+def _is_finite(array: np.ndarray | jax.Array) -> bool:
+  """Whether no factor is NaN or infinite, as far as that can be asked here."""
+  if isinstance(array, jax.Array) and (isinstance(array, Tracer) or not array.is_fully_addressable):
+    return True
+  return bool(np.isfinite(np.asarray(array, np.float64)).all())
 
 
 def scaled(update: Any, factor: Any, path: str) -> Any:
