@@ -11,7 +11,16 @@ import numpy as np
 
 from . import _tree
 from ._errors import Problem, describe, fail, show
-from ._masks import Changing, FreezeMask, Runtime, evaluate, flatten, is_bool, is_function
+from ._masks import (
+  Changing,
+  FreezeMask,
+  Runtime,
+  check_bools,
+  evaluate,
+  flatten,
+  is_bool,
+  is_function,
+)
 from ._packing import Layouts
 
 
@@ -103,14 +112,7 @@ def _bools(mask: Any, where: str) -> _tree.Flat:
     problem = Problem("", "a tree of bools", "what maskopt.mask_of returns", TypeError)
     fail(where, [problem], "Combine the masks it was made of, or give its attribute freeze_mask.")
   flat = flatten(mask)
-  problems = [
-    Problem(path, "a bool or a boolean array", describe(x), TypeError)
-    for path, x in zip(flat.paths, flat.leaves, strict=True)
-    if not (x is None or is_bool(x) or isinstance(x, Runtime))
-    and getattr(x, "dtype", None) != np.bool_
-  ]
-  if problems:
-    fail(where, problems, "Write True where frozen; an array of numbers becomes one by x != 0.")
+  check_bools(flat, where, "Write True where frozen; an array of numbers becomes one by x != 0.")
   return flat
 
 

@@ -243,6 +243,18 @@ def _all_frozen(mask: LeafMask) -> bool:
   return not isinstance(mask, Runtime) and bool(np.all(mask))  # type: ignore[arg-type]
 
 
+def check_bools(flat: _tree.Flat, where: str, remedy: str) -> None:
+  """Raise unless all leaves of a mask are bools, boolean arrays or runtime masks."""
+  problems = [
+    Problem(path, "a bool or a boolean array", describe(x), TypeError)
+    for path, x in zip(flat.paths, flat.leaves, strict=True)
+    if not (x is None or is_bool(x) or isinstance(x, Runtime))
+    and getattr(x, "dtype", None) != np.bool_
+  ]
+  if problems:
+    fail(where, problems, remedy)
+
+
 def runtime(freeze_mask: chex.ArrayTree, count: Any = None) -> chex.ArrayTree:
   """Mark masks as runtime data, so that they may change without recompiling.
 
@@ -266,14 +278,7 @@ def runtime(freeze_mask: chex.ArrayTree, count: Any = None) -> chex.ArrayTree:
     1
   """
   flat = flatten(freeze_mask)
-  problems = [
-    Problem(path, "a bool array", describe(x), TypeError)
-    for path, x in zip(flat.paths, flat.leaves, strict=True)
-    if not (x is None or is_bool(x) or isinstance(x, Runtime))
-    and getattr(x, "dtype", None) != np.bool_
-  ]
-  if problems:
-    fail("maskopt.runtime(freeze_mask=...)", problems, _BUILD)
+  check_bools(flat, "maskopt.runtime(freeze_mask=...)", _BUILD)
   counts = _counts(flat.paths, count)
   return flat.unflatten([_runtime_leaf(x, k) for x, k in zip(flat.leaves, counts, strict=True)])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import surgery_models as models
 from flax import nnx
 
-IMAGES, TOKENS = models.images(), models._X["attention"]
+IMAGES, TOKENS = models.images(), models.INPUTS["attention"]
 
 
 class Normed(nnx.Module):
@@ -129,7 +129,7 @@ class Kind:
 
 
 def moved(make):
-  return lambda: models._moved(make(nnx.Rngs(0)))
+  return lambda: models.moved(make(nnx.Rngs(0)))
 
 
 def sequential(rngs):
@@ -173,56 +173,56 @@ KINDS = [
   Kind(
     "heads and the output",
     moved(lambda r: nnx.MultiHeadAttention(4, 8, rngs=r, decode=False)),
-    models._normal(4, (2, 5, 8)),
+    models.normal(4, (2, 5, 8)),
     {"query": 2, "out": 1},
     {"value/kernel": (8, 6, 2), "key/bias": (6, 2), "out/kernel": (6, 2, 9)},
   ),
   Kind(
     "nnx.Sequential",
     moved(sequential),
-    models._X["mlp"],
+    models.INPUTS["mlp"],
     {"layers/0": 2, "layers/2": 1, "layers/4": 3},
     {"layers/2/kernel": (6, 6), "layers/4/kernel": (6, 5)},
   ),
   Kind(
     "nnx.List",
     moved(Chain),
-    models._X["mlp"],
+    models.INPUTS["mlp"],
     {"blocks/0": 1, "blocks/1": 2, "blocks/2": 3},
     {"blocks/1/kernel": (5, 6), "blocks/2/kernel": (6, 7), "head/kernel": (7, 2)},
   ),
   Kind(
     "a shared layer by its other name",
     moved(Shared),
-    models._X["mlp"],
+    models.INPUTS["mlp"],
     {"once_more": 2},
     {"first/kernel": (3, 6), "again/kernel": (6, 6), "head/kernel": (6, 2)},
   ),
   Kind(
     "eqx.nn.MLP",
     lambda: eqx.nn.MLP(3, 2, 4, 2, key=KEY),
-    models._normal(5, (3,)),
+    models.normal(5, (3,)),
     {"layers/0": 2, "layers/1": 1, "layers/2": 3},
     {"layers/1/weight": (5, 6), "layers/2/weight": (5, 5), "layers/2/bias": (5,)},
   ),
   Kind(
     "Equinox convolution",
     lambda: EqxCNN(KEY),
-    models._normal(6, (2, 6, 6)),
+    models.normal(6, (2, 6, 6)),
     {"conv": 2, "head": 1},
     {"conv/weight": (6, 2, 3, 3), "conv/bias": (6, 1, 1), "head/weight": (4, 96)},
   ),
   Kind(
     "eqx.nn.LSTMCell",
     lambda: EqxRecurrent(eqx.nn.LSTMCell, KEY),
-    models._normal(7, (5, 3)),
+    models.normal(7, (5, 3)),
     {"cell": 2},
     {"cell/weight_hh": (24, 6), "cell/bias": (24,), "head/weight": (2, 6)},
   ),
   Kind(
     "eqx.nn.GRUCell",
     lambda: EqxRecurrent(eqx.nn.GRUCell, KEY),
-    models._normal(7, (5, 3)),
+    models.normal(7, (5, 3)),
     {"cell": 2},
     {"cell/weight_hh": (18, 6), "cell/bias_n": (6,), "head/weight": (2, 6)},
   ),

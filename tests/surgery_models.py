@@ -127,17 +127,17 @@ def _built(name):
 
 
 def images():
-  return _normal(0, (2, 6, 6, 2))
+  return normal(0, (2, 6, 6, 2))
 
 
-def _normal(seed, shape):
+def normal(seed, shape):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-_X = {
-  "mlp": _normal(1, (4, 3)),
+INPUTS = {
+  "mlp": normal(1, (4, 3)),
   "cnn": images(),
-  "lstm": _normal(2, (2, 5, 3)),
+  "lstm": normal(2, (2, 5, 3)),
   "attention": jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 5))),
 }
 _LAYERS = {"mlp": "hidden", "cnn": "conv", "lstm": "rnn", "attention": "attention"}
@@ -146,7 +146,7 @@ _LINEN = {"mlp": LinenMLP, "cnn": LinenCNN, "lstm": LinenLSTM, "attention": Line
 
 
 def _nnx_case(name):
-  return Case(f"nnx-{name}", _LAYERS[name], _X[name], lambda: _moved(_NNX[name](nnx.Rngs(0))))
+  return Case(f"nnx-{name}", _LAYERS[name], INPUTS[name], lambda: moved(_NNX[name](nnx.Rngs(0))))
 
 
 def _linen_case(name, more=2):
@@ -156,9 +156,9 @@ def _linen_case(name, more=2):
   layer = "cell" if name == "lstm" else _LAYERS[name]
 
   def build():
-    return _noisy(old.init(jax.random.key(0), _X[name]))
+    return _noisy(old.init(jax.random.key(0), INPUTS[name]))
 
-  return Case(f"linen-{name}", layer, _X[name], build, old, new)
+  return Case(f"linen-{name}", layer, INPUTS[name], build, old, new)
 
 
 def _noisy(tree):
@@ -173,9 +173,13 @@ def _noisy(tree):
   return jax.tree.map(noisy, tree)
 
 
-def _moved(module):
+def moved(module):
   graph, params, rest = nnx.split(module, (nnx.Param, nnx.BatchStat), ...)
   return nnx.merge(graph, _noisy(params), rest)
+
+
+def mlp():
+  return moved(NnxMLP(nnx.Rngs(0)))
 
 
 CASES = [_nnx_case(n) for n in _NNX] + [_linen_case(n) for n in _LINEN]

@@ -179,7 +179,7 @@ class TestDeepen:
     params = nnx.state(model, nnx.Param)
     tx = optax.sgd(0.1, momentum=0.9)
     state = jax.tree.map(lambda x: x + 3.0, tx.init(params))
-    x = models._X["mlp"]
+    x = models.INPUTS["mlp"]
     result = surgery.deepen(
       model, "layers/0", activation=nnx.relu, inputs=x, opt_state=state, tx=tx
     )
@@ -199,7 +199,7 @@ class TestDeepen:
 
   def test_numbered_parameters_move_up(self):
     old, new = DeepMLP(), DeepMLP(depth=1)
-    x = models._X["mlp"]
+    x = models.INPUTS["mlp"]
     variables = old.init(jax.random.key(0), x)
     result = surgery.deepen(variables, "dense_0", inputs=x, forward=old, new_forward=new)
     np.testing.assert_array_equal(bits(new.apply(result.model, x)), bits(old.apply(variables, x)))
@@ -221,7 +221,7 @@ class TestDeepen:
 
   def test_bad_input(self):
     model = models.NnxMLP(nnx.Rngs(0))
-    x = models._X["mlp"]
+    x = models.INPUTS["mlp"]
     with pytest.raises(ValueError, match="at nope, expected a layer"):
       surgery.deepen(model, "nope")
     with pytest.raises(ValueError, match="the same old outputs"):
@@ -270,7 +270,7 @@ class TestTakeAndAppend:
     model = nnx.Sequential(
       nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1))
     )
-    x = models._X["mlp"]
+    x = models.INPUTS["mlp"]
     first = surgery.take(model, 2).model
     np.testing.assert_array_equal(bits(first(x)), bits(nnx.relu(model.layers[0](x))))
     last = surgery.take(model, slice(-1, None))
@@ -356,7 +356,7 @@ class TestReplaceHead:
     model = models.NnxMLP(nnx.Rngs(0))
     head = nnx.Linear(5, 9, use_bias=False, rngs=nnx.Rngs(1))
     result = surgery.replace_head(model, head)
-    assert result.model(models._X["mlp"]).shape == (4, 9)
+    assert result.model(models.INPUTS["mlp"]).shape == (4, 9)
     assert paths(result.freeze_mask)["head/kernel"] is False
     params = [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 1))}]
     new = surgery.replace_head(params, {"v": jnp.ones(3)})
@@ -398,7 +398,7 @@ class TestTransplant:
       np.testing.assert_array_equal(bits(case.apply(result.model)), bits(case.apply(case.model())))
 
   def test_between_kinds(self):
-    source = models._moved(models.NnxCNN(nnx.Rngs(0)))
+    source = models.moved(models.NnxCNN(nnx.Rngs(0)))
     target = CASES[5].build()
     result = surgery.transplant(source, target)
     x = CASES[5].inputs

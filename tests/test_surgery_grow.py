@@ -43,10 +43,10 @@ def whole(x):
 
 def test_zero_outgoing_is_exact_where_sums_are():
   params = {
-    "a": {"kernel": whole(models._normal(0, (6, 40))), "bias": whole(models._normal(1, (40,)))},
-    "b": {"kernel": whole(models._normal(2, (40, 7)))},
+    "a": {"kernel": whole(models.normal(0, (6, 40))), "bias": whole(models.normal(1, (40,)))},
+    "b": {"kernel": whole(models.normal(2, (40, 7)))},
   }
-  x = whole(models._normal(3, (9, 6)))
+  x = whole(models.normal(3, (9, 6)))
 
   def forward(p, x):
     return jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"][None]) @ p["b"]["kernel"]
@@ -97,7 +97,7 @@ def test_the_given_model_is_untouched(case):
 
 
 def test_rows_of_a_flattened_consumer_are_those_of_the_new_channels():
-  model = models._moved(models.NnxCNN(nnx.Rngs(0)))
+  model = models.moved(models.NnxCNN(nnx.Rngs(0)))
   result = surgery.grow(model, "conv", 2, inputs=models.images())
   old, new = np.asarray(model.dense.kernel[...]), np.asarray(result.model.dense.kernel[...])
   pixels = new.reshape(9, 6, 6)
@@ -116,8 +116,8 @@ def test_statistics_grow_with_their_channels():
 
 
 def test_gates_grow_each_by_themselves():
-  model = models._moved(models.NnxLSTM(nnx.Rngs(0)))
-  result = surgery.grow(model, "rnn", 3, inputs=models._X["lstm"])
+  model = models.moved(models.NnxLSTM(nnx.Rngs(0)))
+  result = surgery.grow(model, "rnn", 3, inputs=models.INPUTS["lstm"])
   old = np.asarray(model.rnn.cell.dense_h.kernel[...]).reshape(4, 4, 4)
   new = np.asarray(result.model.rnn.cell.dense_h.kernel[...]).reshape(7, 4, 7)
   np.testing.assert_array_equal(bits(new[:4, :, :4]), bits(old))
@@ -132,16 +132,16 @@ def test_gates_grow_each_by_themselves():
 @pytest.mark.parametrize("mode", ["zero", "copy"])
 def test_every_cell_of_nnx(cell, mode):
   model = models.NnxLSTM(nnx.Rngs(0), cell)
-  result = surgery.grow(model, "rnn", 2, inputs=models._X["lstm"], mode=mode)
+  result = surgery.grow(model, "rnn", 2, inputs=models.INPUTS["lstm"], mode=mode)
   assert result.model.head.kernel.shape == (6, 2)
   np.testing.assert_allclose(
-    result.model(models._X["lstm"]), model(models._X["lstm"]), rtol=1e-5, atol=1e-6
+    result.model(models.INPUTS["lstm"]), model(models.INPUTS["lstm"]), rtol=1e-5, atol=1e-6
   )
 
 
 def test_new_heads_have_sizes_that_a_forward_can_use():
   result = surgery.grow(
-    models.NnxAttention(nnx.Rngs(0)), "attention", 1, inputs=models._X["attention"]
+    models.NnxAttention(nnx.Rngs(0)), "attention", 1, inputs=models.INPUTS["attention"]
   )
   attention = result.model.attention
   assert (attention.num_heads, attention.head_dim, attention.qkv_features) == (3, 2, 6)
@@ -151,7 +151,7 @@ def test_new_heads_have_sizes_that_a_forward_can_use():
 
 def test_new_tokens():
   model = models.NnxAttention(nnx.Rngs(0))
-  result = surgery.grow(model, "embed", 3, inputs=models._X["attention"])
+  result = surgery.grow(model, "embed", 3, inputs=models.INPUTS["attention"])
   assert result.model.embed.num_embeddings == 14
   assert result.report.difference == 0.0
   out = result.model(jnp.full((1, 2), 13))
@@ -161,19 +161,19 @@ def test_new_tokens():
 
 def test_a_head_grows_its_outputs():
   model = models.NnxMLP(nnx.Rngs(0))
-  result = surgery.grow(model, "head", 3, inputs=models._X["mlp"])
-  out = result.model(models._X["mlp"])
+  result = surgery.grow(model, "head", 3, inputs=models.INPUTS["mlp"])
+  out = result.model(models.INPUTS["mlp"])
   assert out.shape == (4, 5)
-  np.testing.assert_array_equal(bits(out[:, :2]), bits(model(models._X["mlp"])))
+  np.testing.assert_array_equal(bits(out[:, :2]), bits(model(models.INPUTS["mlp"])))
 
 
 def test_old_outputs_are_found_between_new_ones():
-  params = {"a": models._normal(0, (3, 4))}
+  params = {"a": models.normal(0, (3, 4))}
 
   def forward(p, x):
     return (x @ p["a"]).reshape(2, -1)
 
-  x = models._normal(1, (2, 5, 3))
+  x = models.normal(1, (2, 5, 3))
   result = surgery.grow(params, "a", 2, inputs=x, forward=forward)
   assert result.report.difference <= 1e-6
   new = np.asarray(forward(result.model, x)).reshape(2, 5, 6)
@@ -182,10 +182,10 @@ def test_old_outputs_are_found_between_new_ones():
 
 def test_a_residual_stream_grows_as_a_whole():
   params = {
-    "embed": {"embedding": models._normal(0, (7, 4))},
-    "up": {"kernel": models._normal(1, (4, 6))},
-    "down": {"kernel": models._normal(2, (6, 4)), "bias": models._normal(3, (4,))},
-    "out": {"kernel": models._normal(4, (4, 2))},
+    "embed": {"embedding": models.normal(0, (7, 4))},
+    "up": {"kernel": models.normal(1, (4, 6))},
+    "down": {"kernel": models.normal(2, (6, 4)), "bias": models.normal(3, (4,))},
+    "out": {"kernel": models.normal(4, (4, 2))},
   }
 
   def forward(p, tokens):
@@ -202,9 +202,9 @@ def test_a_residual_stream_grows_as_a_whole():
 
 def test_units_pass_through_loops_branches_and_concatenation():
   params = {
-    "a": models._normal(0, (3, 4)),
-    "w": models._normal(1, (4, 4)),
-    "b": models._normal(2, (7, 2)),
+    "a": models.normal(0, (3, 4)),
+    "w": models.normal(1, (4, 4)),
+    "b": models.normal(2, (7, 2)),
   }
 
   @jax.checkpoint
@@ -219,7 +219,7 @@ def test_units_pass_through_loops_branches_and_concatenation():
     return jnp.concatenate([x, h], -1) @ p["b"]
 
   result = surgery.grow(
-    params, "a", 2, inputs=models._normal(3, (2, 3)), forward=forward, mode="copy"
+    params, "a", 2, inputs=models.normal(3, (2, 3)), forward=forward, mode="copy"
   )
   assert {k: v.shape for k, v in result.model.items()} == {"a": (3, 6), "w": (6, 6), "b": (9, 2)}
   assert result.report.difference <= 1e-5
@@ -255,7 +255,7 @@ def test_a_scanned_stack_of_layers_grows_as_one():
       )
       return self.head(scan(self.first(x), self.blocks))
 
-  result = surgery.grow(Stack(nnx.Rngs(0)), "first", 2, inputs=models._X["mlp"])
+  result = surgery.grow(Stack(nnx.Rngs(0)), "first", 2, inputs=models.INPUTS["mlp"])
   assert result.model.blocks.kernel.shape == (3, 7, 7)
   assert result.freeze_mask["blocks"]["kernel"][...].shape == (1, 7, 7)
   assert result.report.difference <= 1e-5
@@ -271,7 +271,7 @@ def test_both_ways_of_a_bidirectional_network_grow_apart():
     def __call__(self, x):
       return self.head(self.both(x))
 
-  result = surgery.grow(Net(nnx.Rngs(0)), "both/forward_rnn", 1, inputs=models._X["lstm"])
+  result = surgery.grow(Net(nnx.Rngs(0)), "both/forward_rnn", 1, inputs=models.INPUTS["lstm"])
   kernel = np.asarray(result.model.head.kernel[...])
   assert kernel.shape == (9, 2) and not kernel[4].any() and kernel[5:].any()
   assert result.model.both.backward_rnn.cell.hidden_features == 4
@@ -279,8 +279,8 @@ def test_both_ways_of_a_bidirectional_network_grow_apart():
 
 
 def test_one_unit_and_its_pixels():
-  params = {"a": models._normal(0, (3, 1)), "b": models._normal(1, (5, 2))}
-  x = models._normal(2, (2, 5, 3))
+  params = {"a": models.normal(0, (3, 1)), "b": models.normal(1, (5, 2))}
+  x = models.normal(2, (2, 5, 3))
 
   def forward(p, x):
     return (x @ p["a"]).reshape(2, -1) @ p["b"]
@@ -291,12 +291,12 @@ def test_one_unit_and_its_pixels():
 
 
 def test_units_that_a_slice_drops_stay_dropped():
-  params = {"a": models._normal(0, (3, 4)), "b": models._normal(1, (2, 2))}
+  params = {"a": models.normal(0, (3, 4)), "b": models.normal(1, (2, 2))}
 
   def forward(p, x):
     return (x @ p["a"])[:, :2] @ p["b"]
 
-  result = surgery.grow(params, "a", 2, inputs=models._X["mlp"], forward=forward)
+  result = surgery.grow(params, "a", 2, inputs=models.INPUTS["mlp"], forward=forward)
   assert result.model["a"].shape == (3, 6) and result.model["b"].shape == (2, 2)
   assert result.report.difference == 0.0
 
@@ -304,8 +304,8 @@ def test_units_that_a_slice_drops_stay_dropped():
 def test_fused_heads_keep_their_order():
   heads, width = 2, 3
   params = {
-    "qkv": models._normal(0, (6, 3 * heads * width)),
-    "out": models._normal(1, (heads * width, 6)),
+    "qkv": models.normal(0, (6, 3 * heads * width)),
+    "out": models.normal(1, (heads * width, 6)),
   }
 
   def forward(p, x):
@@ -315,7 +315,7 @@ def test_fused_heads_keep_their_order():
     mixed = jnp.einsum("hqk,khd->qhd", weights, v)
     return mixed.reshape(*mixed.shape[:-2], -1) @ p["out"]
 
-  x = models._normal(2, (5, 6))
+  x = models.normal(2, (5, 6))
   result = surgery.grow(params, "qkv", 1, inputs=x, forward=forward, of=heads, parts=3)
   assert result.model["qkv"].shape == (6, 27) and result.model["out"].shape == (9, 6)
   np.testing.assert_allclose(forward(result.model, x), forward(params, x), rtol=1e-5, atol=1e-5)
@@ -324,7 +324,7 @@ def test_fused_heads_keep_their_order():
 
 
 def test_copies_share_what_they_send():
-  params = {"a": {"kernel": models._normal(0, (3, 2))}, "b": {"kernel": models._normal(1, (2, 4))}}
+  params = {"a": {"kernel": models.normal(0, (3, 2))}, "b": {"kernel": models.normal(1, (2, 4))}}
   result = surgery.grow(params, "a", 4, consumers=["b"], mode="copy")
   a, b = (np.asarray(result.model[k]["kernel"]) for k in "ab")
   np.testing.assert_array_equal(a, np.asarray(params["a"]["kernel"])[:, [0, 1, 0, 1, 0, 1]])
@@ -333,7 +333,7 @@ def test_copies_share_what_they_send():
 
 
 def test_named_consumers_are_what_the_trace_finds():
-  model = models._moved(models.NnxCNN(nnx.Rngs(0)))
+  model = models.moved(models.NnxCNN(nnx.Rngs(0)))
   traced = surgery.grow(model, "conv", 2, inputs=models.images())
   named = surgery.grow(model, "conv", 2, consumers=["norm", "dense"])
   for p, x in by_path(traced.model).items():
@@ -344,7 +344,7 @@ def test_named_consumers_are_what_the_trace_finds():
 
 def test_named_consumers_of_attention():
   model = models.NnxAttention(nnx.Rngs(0))
-  named = surgery.grow(model, "attention", 1, consumers=[], inputs=models._X["attention"])
+  named = surgery.grow(model, "attention", 1, consumers=[], inputs=models.INPUTS["attention"])
   assert named.model.attention.out.kernel.shape == (3, 2, 4)
   assert named.report.difference <= 1e-5
 
@@ -399,12 +399,12 @@ def state_of(case, test, params):
 
 class TestState:
   def params(self):
-    return {"a": {"kernel": models._normal(0, (3, 4))}, "b": {"kernel": models._normal(1, (4, 2))}}
+    return {"a": {"kernel": models.normal(0, (3, 4))}, "b": {"kernel": models.normal(1, (4, 2))}}
 
   def state(self, tx, params):
     state = tx.init(params)
     for _ in range(3):
-      grads = jax.tree.map(lambda p: models._normal(5, p.shape), params)
+      grads = jax.tree.map(lambda p: models.normal(5, p.shape), params)
       with jax.numpy_dtype_promotion("standard"):  # Optax's Adam asks for it
         _, state = tx.update(grads, state, params)
     return state
@@ -611,27 +611,27 @@ class TestBadInput:
     with pytest.raises(
       ValueError, match="at nope, expected a layer .* The layers are head, hidden"
     ):
-      surgery.grow(model, "nope", 1, inputs=models._X["mlp"])
+      surgery.grow(model, "nope", 1, inputs=models.INPUTS["mlp"])
     with pytest.raises(TypeError, match="the path of a layer"):
-      surgery.grow(model, 0, 1, inputs=models._X["mlp"])
+      surgery.grow(model, 0, 1, inputs=models.INPUTS["mlp"])
     with pytest.raises(ValueError, match="2 that may be meant"):
-      surgery.grow(model, "", 1, inputs=models._X["mlp"])
+      surgery.grow(model, "", 1, inputs=models.INPUTS["mlp"])
     with pytest.raises(ValueError, match="axis=2"):
-      surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], axis=2)
+      surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"], axis=2)
     with pytest.raises(ValueError, match="parts"):
-      surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], parts=2)
+      surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"], parts=2)
 
   def test_units_and_mode(self):
     model = models.NnxMLP(nnx.Rngs(0))
     for units in (0, -9):
       with pytest.raises(ValueError, match=f"one unit more, or several, got {units}"):
-        surgery.grow(model, "hidden", units, inputs=models._X["mlp"])
+        surgery.grow(model, "hidden", units, inputs=models.INPUTS["mlp"])
     with pytest.raises(TypeError, match="a number of units"):
-      surgery.grow(model, "hidden", 1.5, inputs=models._X["mlp"])
+      surgery.grow(model, "hidden", 1.5, inputs=models.INPUTS["mlp"])
     with pytest.raises(ValueError, match="got 'zeros'"):
-      surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], mode="zeros")
+      surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"], mode="zeros")
     with pytest.raises(TypeError, match="an initializer"):
-      surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], init=3)
+      surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"], init=3)
 
   def test_consumers_that_cannot_be_found(self):
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
@@ -679,12 +679,12 @@ class TestBadInput:
 
     model = Net(nnx.Rngs(0))
     with pytest.raises(ValueError, match="at hidden, expected the same old outputs"):
-      surgery.grow(model, "hidden", 1, inputs=models._X["mlp"])
-    result = surgery.grow(model, "hidden", 1, inputs=models._X["mlp"], mode="init")
+      surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"])
+    result = surgery.grow(model, "hidden", 1, inputs=models.INPUTS["mlp"], mode="init")
     assert result.model.norm.scale.shape == (6,) and result.report.difference > 1e-3
 
   def test_a_failure_leaves_everything_as_it_was(self):
-    model = models._moved(models.NnxCNN(nnx.Rngs(0)))
+    model = models.moved(models.NnxCNN(nnx.Rngs(0)))
     before = maskopt.snapshot(model)
     with pytest.raises(ValueError, match="takes its sizes from the parameters"):
       surgery.grow(

@@ -134,31 +134,31 @@ class TestErrorsNameTheConsumer:
       surgery.grow(model, "layers/0", 2, inputs=IMAGES)
 
   def test_a_sum_with_an_input(self):
-    params = {"a": models._normal(0, (3, 3)), "b": models._normal(1, (3, 2))}
+    params = {"a": models.normal(0, (3, 3)), "b": models.normal(1, (3, 2))}
     with pytest.raises(ValueError, match="at a, expected consumers .*input 0 of the forward"):
       surgery.grow(
-        params, "a", 1, inputs=models._X["mlp"], forward=lambda p, x: (x + x @ p["a"]) @ p["b"]
+        params, "a", 1, inputs=models.INPUTS["mlp"], forward=lambda p, x: (x + x @ p["a"]) @ p["b"]
       )
 
   def test_dropout_that_is_on(self):
-    model, x = Dropped(nnx.Rngs(0)), models._X["mlp"]
+    model, x = Dropped(nnx.Rngs(0)), models.INPUTS["mlp"]
     with pytest.raises(ValueError, match=r"at hidden, .* dropout\) cannot be compared: give one"):
       surgery.grow(model, "hidden", 2, inputs=x)
     model.eval()
     assert surgery.grow(model, "hidden", 2, inputs=x).report.difference <= 1e-6
 
   def test_runs_of_units_that_nobody_told_of(self):
-    params = {"up": models._normal(0, (3, 8)), "down": models._normal(1, (4, 2))}
+    params = {"up": models.normal(0, (3, 8)), "down": models.normal(1, (4, 2))}
 
     def forward(p, x):
       a, b = jnp.split(x @ p["up"], 2, -1)
       return (a * b) @ p["down"]
 
     with pytest.raises(ValueError, match=r"at up, expected a forward that takes .*; or parts=, if"):
-      surgery.grow(params, "up", 2, inputs=models._X["mlp"], forward=forward)
+      surgery.grow(params, "up", 2, inputs=models.INPUTS["mlp"], forward=forward)
 
   def test_a_linen_forward_of_another_size(self):
-    old, x = models.LinenMLP(), models._X["mlp"]
+    old, x = models.LinenMLP(), models.INPUTS["mlp"]
     variables = old.init(KEY, x)
     for forward, new_forward in ((old, models.LinenMLP(6)), (old.apply, None)):
       with pytest.raises(ValueError, match="at hidden, expected a forward .* error: For parameter"):

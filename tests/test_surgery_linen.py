@@ -14,7 +14,7 @@ from surgery_models import CASES, bits, by_path, paths
 import maskopt
 from maskopt import surgery
 
-KEY, SEQUENCES = jax.random.key(0), models._X["lstm"]
+KEY, SEQUENCES = jax.random.key(0), models.INPUTS["lstm"]
 
 
 class Between:

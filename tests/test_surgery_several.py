@@ -7,12 +7,12 @@ import optax
 import pytest
 import surgery_models as models
 from flax import nnx
-from surgery_models import bits, by_path, paths
+from surgery_models import bits, by_path, mlp, paths
 
 import maskopt
 from maskopt import surgery
 
-X = models._X["mlp"]
+X = models.INPUTS["mlp"]
 BOTH = {"hidden": 2, "head": 3}
 
 
@@ -21,10 +21,6 @@ def _promotion():
   """Optax's Adam itself needs promotion."""
   with jax.numpy_dtype_promotion("standard"):
     yield
-
-
-def mlp():
-  return models._moved(models.NnxMLP(nnx.Rngs(0)))
 
 
 def masks(result):
@@ -88,8 +84,8 @@ def test_progressive_growth_never_changes_an_old_output():
 
 
 def test_old_units_of_a_cell_do_not_hear_progressive_ones():
-  model = models._moved(models.NnxLSTM(nnx.Rngs(0)))
-  x = models._X["lstm"]
+  model = models.moved(models.NnxLSTM(nnx.Rngs(0)))
+  x = models.INPUTS["lstm"]
   result = surgery.grow(model, {"rnn": 2, "head": 1}, inputs=x, mode="progressive")
   mask = masks(result)["rnn/cell/dense_h/kernel"].reshape(6, 4, 6)
   assert mask[:, :, :4].all() and not mask[:, :, 4:].any()
@@ -126,7 +122,7 @@ def test_units_of_two_layers_side_by_side_on_one_axis(mode):
     def __call__(self, x):
       return self.head(jnp.concatenate([nnx.relu(self.a(x)), jnp.tanh(self.b(x))], -1))
 
-  model = models._moved(Net(nnx.Rngs(0)))
+  model = models.moved(Net(nnx.Rngs(0)))
   result = surgery.grow(model, {"a": 2, "b": 1, "head": 1}, inputs=X, mode=mode)
   kernel = by_path(result.model)["head/kernel"]
   assert kernel.shape == (12, 3)
@@ -156,7 +152,7 @@ def test_layers_of_one_stream_have_the_same_units():
       x = x + self.second(nnx.relu(self.norm(self.first(x))))
       return self.head(x.mean((1, 2)))
 
-  model, x = models._moved(Net(nnx.Rngs(0))), models.images()
+  model, x = models.moved(Net(nnx.Rngs(0))), models.images()
   result = surgery.grow(model, {"stem": 2, "first": 3, "second": 2}, inputs=x)
   assert result.report.layers == (("stem and second", 4, 6), ("first", 4, 7))
   shapes = {p: v.shape for p, v in by_path(result.model).items()}
@@ -186,7 +182,7 @@ def test_linen_layers_grow_from_the_old_forward_to_the_new():
 
 
 def test_consumers_are_named_layer_by_layer():
-  params = {k: {"kernel": models._normal(n, (4, 4))} for n, k in enumerate("abc")}
+  params = {k: {"kernel": models.normal(n, (4, 4))} for n, k in enumerate("abc")}
   result = surgery.grow(params, {"a": 2, "c": 1}, consumers={"a": ["b"], "c": []})
   shapes = {k: v["kernel"].shape for k, v in result.model.items()}
   assert shapes == {"a": (4, 6), "b": (6, 4), "c": (4, 5)}
@@ -194,14 +190,14 @@ def test_consumers_are_named_layer_by_layer():
   def forward(p, x):
     return x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"]
 
-  x = models._normal(5, (2, 4))
+  x = models.normal(5, (2, 4))
   mixed = surgery.grow(params, {"a": 2, "b": 1}, consumers={"a": ["b"]}, inputs=x, forward=forward)
   assert mixed.model["b"]["kernel"].shape == (6, 5) and mixed.model["c"]["kernel"].shape == (5, 4)
   assert mixed.report.difference <= 1e-6
 
 
 def test_axis_of_and_parts_by_layer():
-  params = {"up": models._normal(0, (3, 8)), "down": models._normal(1, (4, 2))}
+  params = {"up": models.normal(0, (3, 8)), "down": models.normal(1, (4, 2))}
 
   def forward(p, x):
     gate, value = jnp.split(x @ p["up"], 2, -1)
@@ -288,8 +284,8 @@ class TestBadInput:
       self.grow({"hidden": 2}, mode="progressive")
 
   def test_units_are_heard_through_other_new_ones(self):
-    params = {k: models._normal(n, (4, 4)) for n, k in enumerate("abcd")}
-    params |= {"one": models._normal(5, (4, 2)), "two": models._normal(6, (4, 2))}
+    params = {k: models.normal(n, (4, 4)) for n, k in enumerate("abcd")}
+    params |= {"one": models.normal(5, (4, 2)), "two": models.normal(6, (4, 2))}
 
     def forward(p, x):
       return x @ p["a"] @ p["b"] @ p["one"], x @ p["c"] @ p["d"] @ p["two"]
@@ -301,8 +297,8 @@ class TestBadInput:
     assert "at a," not in str(e.value) and "at b," not in str(e.value)
 
   def test_units_within_one_another(self):
-    params = {"a": models._normal(0, (3, 4)), "b": models._normal(1, (3, 5))}
-    params["head"] = models._normal(2, (20, 2))
+    params = {"a": models.normal(0, (3, 4)), "b": models.normal(1, (3, 5))}
+    params["head"] = models.normal(2, (20, 2))
 
     def forward(p, x):
       pairs = (x @ p["a"])[:, :, None] * (x @ p["b"])[:, None]

@@ -8,12 +8,12 @@ import pytest
 import surgery_models as models
 from flax import nnx
 from flax.training import train_state
-from surgery_models import bits, by_path, paths
+from surgery_models import bits, by_path, mlp, paths
 
 import maskopt
 from maskopt import surgery
 
-X = models._X["mlp"]
+X = models.INPUTS["mlp"]
 BOTH = {"hidden": 2, "head": 3}
 
 
@@ -22,10 +22,6 @@ def _promotion():
   """Optax's Adam itself needs promotion."""
   with jax.numpy_dtype_promotion("standard"):
     yield
-
-
-def mlp():
-  return models._moved(models.NnxMLP(nnx.Rngs(0)))
 
 
 def loss(model):

@@ -135,7 +135,7 @@ def test_a_runtime_mask_in_a_rule_keeps_its_count():
       {"w": np.ones(3), "b": "x"},
       1,
       TypeError,
-      r"at b, expected a bool array, got str 'x'; at w, ",
+      r"at b, expected a bool or a boolean array, got str 'x'; at w, ",
     ),
   ],
 )
