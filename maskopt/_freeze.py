@@ -277,15 +277,16 @@ def apply_updates(params: chex.ArrayTree, updates: chex.ArrayTree) -> chex.Array
   where = "maskopt.apply_updates(updates=...)"
   flat = _tree.flatten(params)
   given = _tree.flatten(updates, is_leaf=is_packed)
+  remedy = "Give the updates that the transformation returned for these parameters."
   if flat.paths != given.paths:
-    _packing.fail_paths(given.paths, flat.paths, where)
+    _packing.fail_paths(given.paths, flat.paths, where, remedy)
   problems = [
     Problem(path, f"an update of shape {np.shape(p)}", describe(u))
     for path, p, u in zip(flat.paths, flat.leaves, given.leaves, strict=True)
     if not (_tree.is_hole(p) or _tree.is_hole(u)) and np.shape(p) != np.shape(u)
   ]
   if problems:
-    fail(where, problems, "Give the updates that the transformation returned for these parameters.")
+    fail(where, problems, remedy)
   new = [
     _applied(p, u, path) for path, p, u in zip(flat.paths, flat.leaves, given.leaves, strict=True)
   ]

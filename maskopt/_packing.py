@@ -22,6 +22,7 @@ from ._packed import Packed, applied as applied, dense as dense, is_packed as is
 from ._provenance import Record
 
 _REMEDY = "Use one mask throughout: maskopt.mask_of(state) is the one a state was made for."
+_UNPACK = "Give the very mask that maskopt.pack was given, and its values in their shapes."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,10 +188,12 @@ def _repacked(leaf: Packed, layout: Layout, index: Index) -> Any:
   return layout.take(dense, index)
 
 
-def fail_paths(got: tuple[str, ...], expected: tuple[str, ...], where: str) -> None:
+def fail_paths(
+  got: tuple[str, ...], expected: tuple[str, ...], where: str, remedy: str = _REMEDY
+) -> None:
   missing = [Problem(p, "a leaf", "none") for p in expected if p not in set(got)]
   extra = [Problem(p, "no leaf", "one") for p in got if p not in set(expected)]
-  fail(where, (missing + extra) or [Problem("", "the same order of leaves", "another")], _REMEDY)
+  fail(where, (missing + extra) or [Problem("", "the same order of leaves", "another")], remedy)
 
 
 def trains(layout: Layout) -> str:
@@ -312,7 +315,8 @@ def unpack(packed: chex.ArrayTree, base: chex.ArrayTree, freeze_mask: Any) -> ch
   Returns:
     A tree like `base`, in its dtypes. Differentiable in both trees.
   Raises:
-    ValueError: the values were packed with another mask.
+    ValueError: the values were packed with another mask (the next value of a runtime mask cannot
+      be told from it), or have other shapes now; lists every path.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> mask, w = {"w": np.array([True, False])}, {"w": jnp.array([1.0, 2.0])}
@@ -322,14 +326,44 @@ def unpack(packed: chex.ArrayTree, base: chex.ArrayTree, freeze_mask: Any) -> ch
   where = "maskopt.unpack(freeze_mask=...)"
   base = _tree.parameters(base)
   layouts = layouts_of(freeze_mask, base, where, prefer="values")
-  values = layouts.flat(packed, where)
+  values = _tree.flatten(packed, is_leaf=is_packed)
+  if values.paths != layouts.static.paths:
+    fail_paths(values.paths, layouts.static.paths, where, _UNPACK)
+  triples = zip(values.paths, values.leaves, layouts.static.layouts, strict=True)
+  problems = [p for path, x, layout in triples if layout and (p := _misfit(path, x, layout))]
+  if problems:
+    fail(where, problems, _UNPACK)
 
   def unpacked(leaf: Any, layout: Layout, index: Index, value: Any) -> Any:
+    if isinstance(layout, Frozen):
+      return leaf
     if not is_packed(value):
-      return leaf if _tree.is_hole(value) else Full(layout.shape, layout.dtype).put(value, leaf, {})
-    return layout.put(value.values, leaf, index)
+      return Full(layout.shape, layout.dtype).put(value, leaf, {})
+    alike = value.layout == layout or isinstance(layout, Dense)
+    given = value.values if alike else value.values.reshape(layout.packed_shape)
+    return layout.put(given, leaf, index)
 
   return layouts.map(unpacked, layouts.flat(base, where), values.unflatten(values.leaves))
+
+
+def _misfit(path: str, value: Any, layout: Layout) -> Problem | None:
+  """Why a value is not what `pack` makes of a leaf with that layout, if it is not."""
+  if is_packed(value):
+    theirs = dataclasses.replace(value.layout, dtype=layout.dtype)  # as any value, these are cast
+    alike, shape = theirs.stores_like(layout), getattr(value.values, "shape", theirs.packed_shape)
+    fits = alike and shape == theirs.packed_shape
+    got = "no values" if value.values is None else f"{theirs.kind} values of {shape}"
+    got += " at other elements" * (not alike and shape == layout.packed_shape)
+  else:
+    hole = _tree.is_hole(value)
+    whole = isinstance(layout, Full) and not hole and np.shape(value) == layout.shape
+    fits, got = whole or (isinstance(layout, Frozen) and hole), describe(value)
+  if isinstance(layout, Frozen):
+    expected = "no values"
+  else:
+    kind = "an array" if isinstance(layout, Full) else f"{layout.kind} values"
+    expected = f"{kind} of {layout.packed_shape}"
+  return None if fits else Problem(path, expected, got)
 
 
 # A state that travels as bytes names the mask it belongs to; its arrays alone would not.

@@ -1,6 +1,7 @@
 """Packed trees: what `pack` returns, what `unpack` and `apply_updates` make of it."""
 
 import copy
+import itertools
 import pickle
 
 import jax
@@ -65,6 +66,59 @@ def test_unpack_refuses_the_values_of_another_mask():
     maskopt.unpack(packed, W, {"w": ~SCATTERED})
   with pytest.raises(ValueError, match=r"at w, expected a leaf, got none; at v, expected no leaf"):
     maskopt.unpack({"v": packed["w"]}, W, {"w": SCATTERED})
+
+
+B = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+MASKS = {
+  "all": False,
+  "none": True,
+  "a row": np.array([[True], [False]]),
+  "the other row": np.array([[False], [True]]),
+  "a column": np.array([True, False, True]),
+  "scattered": SCATTERED,
+  "others": np.roll(SCATTERED, 1, 0),
+}
+GOT = {
+  "all": r"float32 of shape \(2, 3\)",
+  "none": "no values",
+  "scattered": r"Elements values of \(2,\)",
+  "others": r"Elements values of \(2,\)",
+}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(MASKS, 2)))
+def test_unpack_refuses_every_other_mask(first, second, again):
+  packed = maskopt.pack(B, {"w": MASKS[first], "b": False})
+  packed = jax.tree.map(lambda x: x + 0, packed) if again else packed
+  got = GOT.get(first, r"Block values of \(\d, \d\)")
+  expected = {"all": r"an array of \(2, 3\)", "none": "no values"}.get(second, "(Block|Elem.*) val")
+  with pytest.raises(
+    ValueError,
+    match=rf"`maskopt.unpack\(.*`: at w, expected {expected}.*got {got}.*very mask",
+  ):
+    maskopt.unpack(packed, B, {"w": MASKS[second], "b": False})
+
+
+def test_unpack_refuses_values_that_are_none_or_of_other_shapes():
+  mask = {"w": SCATTERED, "b": False}
+  packed = maskopt.pack(B, mask)
+  summed = jax.tree.map(jnp.sum, packed)
+  match = (
+    r"at b, .*an array of \(3,\), got float32 of shape \(\); at w, .*got Elements values of \(\)"
+  )
+  with pytest.raises(ValueError, match=match):
+    maskopt.unpack(summed, B, mask)
+  with pytest.raises(ValueError, match=r"at b, .*got NoneType None; at w, .*got float32 of shape"):
+    maskopt.unpack({"w": B["w"], "b": None}, B, mask)
+
+
+def test_unpack_casts_to_the_dtypes_of_its_base():
+  for name, frozen in MASKS.items():
+    mask = {"w": frozen, "b": True}
+    packed = jax.tree.map(lambda x: x + 0, maskopt.pack(B, mask))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), B)
+    assert reference.same_bits(maskopt.unpack(packed, narrow, mask), narrow), name
 
 
 def test_packing_a_tree_of_other_shapes_is_refused():
