@@ -16,9 +16,10 @@ from ._packed import is_packed
 from ._packing import Layouts
 
 
-def is_transform(x: Any) -> bool:
-  """Whether x is an Optax transformation, or what has its two functions (`optax.MultiSteps`)."""
-  return hasattr(x, "init") and hasattr(x, "update")
+def check_transform(x: Any, where: str, remedy: str) -> None:
+  """Raise unless x has the two functions of an Optax transformation, as `optax.MultiSteps` has."""
+  if not (hasattr(x, "init") and hasattr(x, "update")):
+    fail(where, [Problem("", "an Optax transformation", describe(x), TypeError)], remedy)
 
 
 def check_prefer(prefer: Any) -> None:
@@ -44,9 +45,8 @@ def check_master_dtype(dtype: Any) -> None:
 
 def with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
   """The optimizer as one that takes, or ignores, every argument of `update`."""
-  if not is_transform(optimizer):
-    problem = Problem("", "an Optax transformation", describe(optimizer), TypeError)
-    fail("maskopt.selective_transform(optimizer, ...)", [problem], "Give it optax.adam(1e-3), say.")
+  where = "maskopt.selective_transform(optimizer, ...)"
+  check_transform(optimizer, where, "Give it optax.adam(1e-3), say.")
   if isinstance(optimizer, optax.GradientTransformation):
     return optax.with_extra_args_support(optimizer)
   return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)  # MultiSteps

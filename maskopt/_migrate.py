@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _carry, _copies, _fresh, _masks, _owned, _packing, _thaw, _tree
+from . import _arguments, _carry, _copies, _fresh, _masks, _owned, _packing, _thaw, _tree
 from ._errors import Problem, describe, fail, show
 from ._freeze import Held, MaskedFreezeState, SelectiveState
 from ._fresh import Constant
@@ -70,7 +70,9 @@ def migrate(
     A state for `to.update`, with the structure of `to.init(params)` unless something is held.
   Raises:
     ValueError: the state is not one of `to`'s optimizer, belongs to other parameters, or holds
-      something other than a value per element where the mask changed; lists every path.
+      something other than a value per element where the mask changed; lists every path. `to` is
+      over other parameters.
+    TypeError: `to` is no transformation.
   Warns:
     UserWarning: elements thaw under a running Adam and there is no `grads`.
   Example:
@@ -91,7 +93,7 @@ def migrate(
     problem = Problem("", '"keep", "reset" or "hold"', repr(moments))
     fail("maskopt.migrate(moments=...)", [problem], "Leave it out to keep moments.")
   params = _copies.each(_tree.parameters, params)
-  fresh = _fresh.state(to.init, params)
+  fresh = _begun(to, params)
   adams = bool(_thaw.nodes(fresh))
   if adams and grads is not None:
     counted = _Merge(_copies.trained(params), "reset").run(to, fresh, state)
@@ -103,6 +105,18 @@ def migrate(
   if adams and grads is None:
     _warn_of_jolt(merge, migrated)
   return migrated
+
+
+def _begun(to: Any, params: Any) -> Any:
+  """The state of `to.init(params)`; raises, in migrate's name, if there is none."""
+  _arguments.check_transform(to, "maskopt.migrate(to=...)", "Give it the transform that goes on.")
+  try:
+    return _fresh.state(to.init, params)
+  except (TypeError, ValueError) as error:
+    got = f"some that to.init refuses ({error})"
+    problem = Problem("", "the parameters that `to` was made for", got, type(error))
+    remedy = "Give the parameters as they are now, and a mask over these to the transform."
+    fail("maskopt.migrate(params=...)", [problem], remedy)
 
 
 def _plain(params: Any) -> Layouts:

@@ -562,3 +562,17 @@ def test_one_number_for_a_leaf_has_no_place_when_the_mask_changes():
   after = maskopt.migrate(state, p, to=b, moments="reset", grads=GRADS[0])
   assert int(after.inner_state[0].count) == 2
   assert same_bits(maskopt.migrate(state, p, to=a), state)
+
+
+def test_what_is_no_transform_and_other_parameters_are_refused_in_its_own_name():
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": np.array([True, False])})
+  params = {"w": jnp.ones(2)}
+  state = tx.init(params)
+  with pytest.raises(
+    TypeError, match=r"`maskopt.migrate\(to=...\)`.*expected an Optax transformation, got int 3"
+  ):
+    maskopt.migrate(state, params, to=3)
+  for others, said in (({"v": params["w"]}, "at v"), ({"w": jnp.ones(3)}, "at w")):
+    match = rf"`maskopt.migrate\(params=...\)`.*that `to` was made for, got.*{said}, expected.*Give"
+    with pytest.raises(ValueError, match=match):
+      maskopt.migrate(state, others, to=tx)
