@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class Joined(Layouts):
     self.members = tuple(members)
     if not all(isinstance(m, Layouts) for m in self.members):
       return  # JAX puts placeholders in a tree's place
-    static = _static(tuple(m.static for m in self.members))
+    static = _static([m.static for m in self.members])
     index = [
       {} if isinstance(layout, Full) else joint_index([i for _, i in self._shares(k)])
       for k, layout in enumerate(static.layouts)
@@ -139,11 +140,18 @@ class Joined(Layouts):
     return Layouts(Static.of(self.static.paths, layouts), index)
 
 
-# Eager updates ask at every step, of the same masks.
-@functools.lru_cache(maxsize=256)
-def _static(members: tuple[Static, ...]) -> Static:
-  layouts = [_union(found) for found in zip(*(m.layouts for m in members), strict=True)]
-  return Static.of(members[0].paths, layouts)
+# The last union whose first member a mask was, for as long as that mask lives: eager updates ask at
+# every step, of the same masks.
+_unions: weakref.WeakKeyDictionary[Static, tuple[list[str], Static]] = weakref.WeakKeyDictionary()
+
+
+def _static(members: Sequence[Static]) -> Static:
+  names = [m.digest for m in members]
+  known = _unions.get(members[0])
+  if known is None or known[0] != names:
+    layouts = [_union(found) for found in zip(*(m.layouts for m in members), strict=True)]
+    known = _unions[members[0]] = names, Static.of(members[0].paths, layouts)
+  return known[1]
 
 
 def _union(found: Sequence[Layout | None]) -> Layout | None:

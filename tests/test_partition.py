@@ -1,5 +1,8 @@
 """Several optimizers in one tree: every group trains as if it were alone."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,3 +258,20 @@ def test_a_foreign_state_is_refused():
   for state in (other.init(params()), optax.sgd(0.1).init(params())):
     with pytest.raises(ValueError, match="expected the state of groups a"):
       tx.update(params(), state, params())
+
+
+def test_the_masks_of_a_partition_die_with_its_state():
+  """Their index sets would be gigabytes after some masks; eager steps work each union out once."""
+  labels = {"w": np.arange(4) % 2, "b": 0}
+  tx = maskopt.partition({0: optax.sgd(0.1), 1: optax.sgd(1.0)}, labels, prefer="memory")
+  state = tx.init(params())
+  _, state = tx.update(params(), state, params())
+  union = maskopt.mask_of(state).static
+  assert maskopt.mask_of(tx.update(params(), state, params())[1]).static is union
+  alive = [
+    weakref.ref(union),
+    *(weakref.ref(s.layouts.static) for s in state.inner_states.values()),
+  ]
+  del union, masks, state
+  gc.collect()
+  assert [ref() for ref in alive] == [None] * 3
