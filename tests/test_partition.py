@@ -272,6 +272,6 @@ def test_the_masks_of_a_partition_die_with_its_state():
     weakref.ref(union),
     *(weakref.ref(s.layouts.static) for s in state.inner_states.values()),
   ]
-  del union, masks, state
+  del union, state
   gc.collect()
   assert [ref() for ref in alive] == [None] * 3
