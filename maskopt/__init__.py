@@ -39,4 +39,38 @@ from .report import (
 # Flax
 from . import linen as linen, nnx as nnx
 
+__all__ = [
+  "apply_updates",
+  "mask_of",
+  "masked_freeze",
+  "selective_transform",
+  "scale_by_multiplier",
+  "partition",
+  "explain",
+  "grad",
+  "value_and_grad",
+  "stop_gradient",
+  "intersection",
+  "invert",
+  "union",
+  "runtime",
+  "pack",
+  "unpack",
+  "build_mask",
+  "build_multipliers",
+  "heads",
+  "train_only",
+  "units",
+  "migrate",
+  "unfreeze_schedule",
+  "surgery",
+  "audit",
+  "metrics",
+  "plot",
+  "snapshot",
+  "summary",
+  "linen",
+  "nnx",
+]
+
 __version__ = "0.1.0"

@@ -3,9 +3,13 @@
 import importlib
 import inspect
 import pkgutil
+import pydoc
 import re
 
+import pytest
+
 import maskopt
+import maskopt.report
 
 PROMISED = [
   *("masked_freeze", "selective_transform", "scale_by_multiplier", "apply_updates", "mask_of"),
@@ -39,18 +43,23 @@ def test_names_are_those_of_their_definitions():
   assert [n for n, v in functions().items() if v.__name__ != n] == []
 
 
-def test_index_is_reexports_only():
-  source = inspect.getsource(maskopt)
+@pytest.mark.parametrize(
+  "index", [maskopt, maskopt.nnx, maskopt.linen, maskopt.surgery, maskopt.report]
+)
+def test_index_is_reexports_only(index):
+  """`__all__`, which `help` lists, is each of them once, in the same order."""
+  source = inspect.getsource(index)
   assert re.findall(r"^\s*(?:def|class) ", source, re.M) == []
   exported = re.findall(r"(\w+) as (\w+)", source)
-  assert all(a == b for a, b in exported)
-  assert len({b for _, b in exported}) == len(exported)
+  assert exported and all(a == b for a, b in exported)
+  assert index.__all__ == [b for _, b in exported]
+  assert len(set(index.__all__)) == len(index.__all__)
+  assert all(hasattr(index, name) for name in index.__all__)
 
 
-def test_all_if_any_is_the_public_names():
-  if hasattr(maskopt, "__all__"):
-    assert sorted(maskopt.__all__) == sorted(set(maskopt.__all__))
-    assert set(PROMISED) <= set(maskopt.__all__)
+def test_help_lists_the_functions():
+  text = pydoc.render_doc(maskopt, renderer=pydoc.plaintext)
+  assert all(f"\n    {name}(" in text for name in PROMISED)
 
 
 def test_every_public_function_says_what_it_does_and_shows_it():

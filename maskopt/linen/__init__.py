@@ -8,3 +8,12 @@ from ._masked import (
 )
 from ._statistics import freeze_statistics as freeze_statistics
 from ._train_state import TrainState as TrainState
+
+__all__ = [
+  "freeze_mask",
+  "MaskedConv",
+  "MaskedDense",
+  "MaskedEmbed",
+  "freeze_statistics",
+  "TrainState",
+]

@@ -16,3 +16,21 @@ from ._masked import (
 from ._network import layers as layers, trainable_state as trainable_state
 from ._optimizer import Optimizer as Optimizer
 from ._statistics import freeze_statistics as freeze_statistics
+
+__all__ = [
+  "assign",
+  "freeze_mask",
+  "MaskedLSTMCell",
+  "MaskedMultiHeadAttention",
+  "ExpandedConv",
+  "ExpandedLinear",
+  "grad",
+  "value_and_grad",
+  "MaskedConv",
+  "MaskedEmbed",
+  "MaskedLinear",
+  "layers",
+  "trainable_state",
+  "Optimizer",
+  "freeze_statistics",
+]

@@ -6,3 +6,14 @@ from ._grow import grow as grow
 from ._head import replace_head as replace_head
 from ._take import append as append, take as take
 from ._transplant import transplant as transplant
+
+__all__ = [
+  "assign",
+  "reset",
+  "deepen",
+  "grow",
+  "replace_head",
+  "append",
+  "take",
+  "transplant",
+]
