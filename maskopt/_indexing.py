@@ -20,6 +20,7 @@ _POSITIONS = "an int, ints, a slice or a bool array"
 
 _COUNT = "Count from 0, or from the end by negative numbers; a bool array has a bool for each."
 _SLICE = "Write a slice of ints, such as slice(3), slice(-2, None) or slice(0, None, 2)."
+_TWICE = "Name each once; an array of 0 and 1 becomes a mask by x != 0."
 _SHOWN = 12
 
 
@@ -62,8 +63,7 @@ class Positions:
       return slice(found.start, found.stop, found.step)
     outside = self.ints[(self.ints < -n) | (self.ints >= n)]
     if outside.size:
-      got = str(outside[:_SHOWN].tolist())[1:-1] + (", ..." if outside.size > _SHOWN else "")
-      raise Complaint(f"{what} in [{-n}, {n - 1}]" if n else f"no {what}", got, remedy)
+      raise Complaint(f"{what} in [{-n}, {n - 1}]" if n else f"no {what}", _few(outside), remedy)
     return self.ints % max(n, 1)
 
 
@@ -82,7 +82,23 @@ def positions(idx: Any) -> Positions:
     raise Complaint(_POSITIONS, describe(idx), _COUNT, TypeError)
   if array.size and array.max() > np.iinfo(np.int64).max:
     raise Complaint("ints of 64 bits", describe(idx), _COUNT)
+  # A mask written as 0 and 1 would be read as the positions 0 and 1, and nobody would hear of it.
+  if (repeated := _repeated(array)).size:
+    raise Complaint("each index once", f"{_few(repeated)} more often", _TWICE)
   return Positions(array.astype(np.int64).tobytes())
+
+
+def _repeated(array: np.ndarray) -> np.ndarray:
+  """The values that an array has more than once."""
+  array = array.reshape(-1)
+  if (array[1:] <= array[:-1]).any():  # not in order: only then is a sorted copy worth its bytes
+    array = np.sort(array)
+  return np.unique(array[1:][array[1:] == array[:-1]])
+
+
+def _few(ints: np.ndarray) -> str:
+  """The first of some ints, as errors write them."""
+  return str(ints[:_SHOWN].tolist())[1:-1] + (", ..." if ints.size > _SHOWN else "")
 
 
 def _checked(part: slice) -> slice:
@@ -140,7 +156,10 @@ def _advice(part: Any) -> str:
   if isinstance(part, (np.ndarray, jax.Array)):
     if not np.issubdtype(part.dtype, np.integer) and part.dtype != np.bool_:
       return "Write True where frozen; an array of numbers becomes a mask by x != 0."
-    return "A mask is a bool array by itself; an index is a list of ints along one axis."
+    return (
+      "A mask is a bool array by itself (of an array of 0 and 1, x != 0); an index is a list of "
+      "ints along one axis."
+    )
   flags = isinstance(part, (list, tuple)) and part and all(isinstance(x, bool) for x in part)
   # A list of bools is refused: NumPy reads it along the first axis, a mask along the last.
   return (

@@ -83,6 +83,7 @@ def units(idx: int | slice | Sequence[int] | np.ndarray) -> Units:
     A value for `maskopt.build_mask`, which raises where a unit lies outside a parameter.
   Raises:
     TypeError: idx is neither.
+    ValueError: an int stands there twice, as in an array of 0 and 1 (make it a mask by x != 0).
   Example:
     >>> import numpy as np, maskopt
     >>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
@@ -118,7 +119,7 @@ def heads(
     A value for `maskopt.build_mask`, which raises where a shape has no heads or several axes.
   Raises:
     TypeError: idx names no heads, or another argument is no int.
-    ValueError: of or parts is not positive.
+    ValueError: of or parts is not positive, or a head is named twice.
   Example:
     >>> import numpy as np, maskopt
     >>> params = {"query": {"kernel": np.ones((6, 2, 3)), "bias": np.ones((2, 3))}}

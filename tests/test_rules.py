@@ -294,7 +294,7 @@ def test_random_indices_freeze_what_numpy_takes(data):
 
   def part(n):
     ints = st.integers(-n, n - 1)
-    return ints | st.slices(n) | st.lists(ints, min_size=1, max_size=3)
+    return ints | st.slices(n) | st.lists(ints, min_size=1, max_size=3, unique=True)
 
   index = tuple(data.draw(part(n)) for n in shape[: data.draw(st.integers(1, len(shape)))])
   expected = np.zeros(shape, bool)
@@ -425,6 +425,31 @@ def test_units_by_a_bool_array():
   assert mask["b"].tolist() == [True, False, True]
   with pytest.raises(ValueError, match="at b .*expected a bool array for 3 units, got one for 2"):
     maskopt.build_mask({"b": array(3)}, [("b", maskopt.units(np.array([True, False])))])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, list])
+def test_an_array_of_0_and_1_is_not_read_as_indices(dtype):
+  flags = [0, 1, 0, 1, 0, 1] if dtype is list else np.array([0, 1, 0, 1, 0, 1], dtype)
+  params = {"a": array(4, 6)}
+  remedy = r"Name each once; an array of 0 and 1 becomes a mask by x != 0\."
+  match = rf"at a .*expected each index once, got 0, 1 more often\. {remedy}"
+  for value in (flags, A[:, flags], maskopt.train_only(flags)):
+    with pytest.raises((ValueError, TypeError), match=match):
+      maskopt.build_mask(params, [("a", value)])
+  with pytest.raises(ValueError, match=f"units.*expected each index once, got 0, 1 .*{remedy}"):
+    maskopt.units(flags)
+  with pytest.raises(ValueError, match=f"heads.*expected each index once, got 0, 1 .*{remedy}"):
+    maskopt.heads(flags, of=6)
+  mask = maskopt.build_mask(params, [("a", maskopt.units(np.asarray(flags) != 0))])
+  assert mask["a"].tolist() == [[False, True, False, True, False, True]]
+  many = np.repeat(np.arange(99), 2)
+  with pytest.raises(ValueError, match=r"got 0, 1, .*, 11, \.\.\. more often"):
+    maskopt.units(many)
+
+
+def test_a_table_of_0_and_1_says_what_makes_it_a_mask():
+  with pytest.raises(TypeError, match="of an array of 0 and 1, x != 0"):
+    maskopt.build_mask({"w": array(4, 3)}, [("w", np.eye(4, 3, dtype=int))])
 
 
 def test_all_units_are_the_whole_leaf_and_one_unit_too():
