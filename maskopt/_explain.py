@@ -10,7 +10,7 @@ import jax
 from jax.extend import core, source_info_util
 
 from . import _grad, _journal
-from ._errors import Problem, fail
+from ._errors import Problem, describe, fail
 from .report._show import Shown, Table
 
 _WHERE = "maskopt.explain(fun_or_step, freeze_mask, *args)"
@@ -89,7 +89,8 @@ def explain(
     lines, and for each leaf whether its update takes the in-place path and, if not, what changed it
     on the way. Nothing is run.
   Raises:
-    ValueError: the mask does not fit, or a step computes its gradient by other means.
+    ValueError: the mask does not fit, or a step computes its gradient by other means; TypeError:
+      there is no function.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
     >>> loss = lambda w, x: ((x @ w) ** 2).sum()
@@ -97,6 +98,9 @@ def explain(
     >>> found.flops_full, found.flops_sliced
     (1024, 576)
   """
+  if not callable(fun_or_step):
+    problem = Problem("", "a loss or a training step", describe(fun_or_step), TypeError)
+    fail(_WHERE, [problem], "Give it the function itself, and its arguments after the mask.")
   with _journal.opened() as notes:
     closed = jax.make_jaxpr(fun_or_step)(*args)
   if not notes:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from . import _choice, _journal, _packing, _provenance, _slicer, _tree
-from ._errors import Problem, fail
+from ._errors import Problem, describe, fail
 from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
@@ -77,6 +77,7 @@ def value_and_grad(
     (2.0, [[0.0, 2.0], [0.0, 2.0]])
   """
   where = "maskopt.grad(freeze_mask=...)"
+  _check(fun, argnums)
   jax_options: dict[str, Any] = {
     "has_aux": has_aux,
     "holomorphic": holomorphic,
@@ -169,25 +170,37 @@ def grad(
   return gradient
 
 
+def _check(fun: Any, argnums: Any) -> None:
+  """Raise unless there is a function to differentiate, and whole numbers that say in what."""
+  if not callable(fun):
+    problem = Problem("", "a function that returns a scalar", describe(fun), TypeError)
+    fail("maskopt.grad(fun, ...)", [problem], "Give it the loss itself, and not its value.")
+  numbers = argnums if isinstance(argnums, Sequence) else [argnums]
+  if not all(isinstance(n, (int, np.integer)) for n in numbers):
+    problem = Problem("", "an int or a tuple of ints", describe(argnums), TypeError)
+    fail("maskopt.grad(argnums=...)", [problem], "Count arguments given by position, from 0.")
+
+
 def _argument(
   args: tuple[Any, ...], argnums: int | Sequence[int], where: str
 ) -> tuple[Any, Callable[[Any], list[Any]]]:
   """The differentiated argument, or a tuple of several, and how to put another in its place."""
-  several = not isinstance(argnums, int)
-  numbers: list[int] = [int(n) for n in argnums] if several else [argnums]  # type: ignore[union-attr]
-  problems = [
+  several = isinstance(argnums, Sequence)
+  numbers: list[int] = list(argnums) if several else [argnums]
+  outside = [
     Problem("", f"argnums below {len(args)}, the number of arguments", str(n))
     for n in numbers
     if not -len(args) <= n < len(args)
   ]
-  problems += [
+  if outside:
+    fail("maskopt.grad(argnums=...)", outside, "Count arguments given by position, from 0.")
+  modules = [
     Problem("", "a tree of arrays", f"the module {type(args[n]).__name__}", TypeError)
     for n in numbers
-    if not problems and isinstance(args[n], nnx.Module)
+    if isinstance(args[n], nnx.Module)
   ]
-  if problems:
-    remedy = "Split a module with nnx.split and differentiate its nnx.Param state."
-    fail(where, problems, remedy)
+  if modules:
+    fail(where, modules, "Split a module with nnx.split and differentiate its nnx.Param state.")
   chosen = tuple(args[n] for n in numbers)
 
   def with_params(params: Any) -> list[Any]:

@@ -188,3 +188,8 @@ def test_nothing_is_run():
 def test_a_step_without_our_gradient_is_refused():
   with pytest.raises(ValueError, match="expected a scalar loss, or a step that calls maskopt.grad"):
     maskopt.explain(lambda p, x: p["low"]["kernel"] * 2, MASK, params(), X)
+
+
+def test_what_is_no_function_is_refused():
+  with pytest.raises(TypeError, match=r"maskopt.explain\(.*a loss or a training step, got int 3"):
+    maskopt.explain(3, True, jnp.ones(2))

@@ -264,7 +264,7 @@ def test_argnums_aux_and_keywords():
   assert (aux["name"], aux["none"], g.tolist()) == ("aux", None, [0.0, 2.0, 4.0])
   both, aux = maskopt.grad(fun, (True, first), argnums=(0, 1), has_aux=True)(a, b, scale=1.0)
   assert [x.tolist() for x in both] == [[0.0] * 3, [0.0, 1.0, 2.0]] and aux["name"] == "aux"
-  last = maskopt.grad(lambda a, b: (a * b).sum(), first, argnums=-1)(a, b)
+  last = maskopt.grad(lambda a, b: (a * b).sum(), first, argnums=np.int64(-1))(a, b)
   assert last.tolist() == [0.0, 1.0, 2.0]
 
 
@@ -358,8 +358,13 @@ def test_errors_name_path_expected_got_and_remedy():
     "maskopt.build_mask",
   ):
     assert part in text
-  with pytest.raises(ValueError, match=re.escape("expected argnums below 2")):
+  match = r"`maskopt.grad\(argnums=...\)`: at the root, expected argnums below 2.*got 2. Count arg"
+  with pytest.raises(ValueError, match=match):
     maskopt.grad(loss, False, argnums=2)(params, x)
+  with pytest.raises(TypeError, match=r"`maskopt.grad\(argnums=.*an int or a tuple.*got str 'x'"):
+    maskopt.grad(loss, False, argnums="x")
+  with pytest.raises(TypeError, match=r"`maskopt.grad\(fun, ...\)`.*a function .*got int 3. Give"):
+    maskopt.grad(3, True)
   with pytest.raises(TypeError, match="the module Linear.*nnx.split"):
     maskopt.grad(lambda m: 0.0, False)(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
