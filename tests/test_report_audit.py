@@ -346,6 +346,28 @@ def test_state_without_parameters_of_its_own_belongs_to_the_layer_around_it():
 # How it shows itself
 
 
+def test_nothing_that_trains_has_moved_is_said_in_every_form():
+  from rich.console import Console
+
+  def shown(report):
+    out = io.StringIO()
+    Console(file=out, width=120).print(report)
+    return str(report), report._repr_html_(), out.getvalue()
+
+  note = "! nothing that trains has moved: was the gradient computed with another mask, or did the"
+  still = maskopt.audit(make(), make(), MASK)
+  assert still.ok and still.notes == ()
+  assert all(note in text for text in shown(still))
+  leaked = make()
+  leaked["b"][0, 0, 0] = 7
+  assert all(note in text for text in shown(maskopt.audit(make(), leaked, MASK)))
+  stepped = make()
+  stepped["a"]["bias"][0] = 7
+  everything_frozen = maskopt.audit(make(), make(), True)
+  for report in (maskopt.audit(make(), stepped, MASK), everything_frozen):
+    assert not any("nothing that trains" in text for text in shown(report))
+
+
 def test_an_audit_shows_itself_in_every_form():
   from rich.console import Console
 

@@ -21,6 +21,10 @@ from ._snapshot import Snapshot, taken
 
 _WHERE = "maskopt.audit(before, after, freeze_mask)"
 _CHANGES_SHOWN = 3
+_NOTHING_MOVED = (
+  "! nothing that trains has moved: was the gradient computed with another mask, or did the "
+  "optimizer never step?"
+)
 
 
 class Change(NamedTuple):
@@ -155,6 +159,8 @@ class Audit(Shown):
 
   def _state(self) -> list[tuple[str, str]]:
     notes = []
+    if self.trainable and not self.moved:
+      notes.append(("warn", _NOTHING_MOVED))
     if self.drifted:
       what = _show.listed(self.drifted)
       notes.append(("warn", f"! moved in layers that are wholly frozen: {what}"))
