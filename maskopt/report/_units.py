@@ -46,10 +46,15 @@ class Units(Sequence[Any]):
   def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):
       chosen = range(*index.indices(len(self)))
+      if len(self) == math.prod(self.shape):
+        return tuple(map(self.__getitem__, chosen))
       if chosen.step > 0:
         return tuple(itertools.islice(self, chosen.start, chosen.stop, chosen.step))
       return tuple(self)[index]
     place = range(len(self))[index]
+    if len(self) == math.prod(self.shape):  # all units, whose indices are their places
+      at = tuple(int(i) for i in np.unravel_index(place, self.shape)) if self.shape else ()
+      return at[0] if len(at) == 1 else at
     return next(itertools.islice(self, place, None))
 
   def __eq__(self, other: object) -> bool:
