@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 
 _MARK = "maskopt updates of "
 
@@ -46,16 +48,21 @@ class Applied:
 
 Note = Gradient | Received | Applied
 
+_times = itertools.count()
 _open: contextvars.ContextVar[list[Note] | None] = contextvars.ContextVar("journal", default=None)
 
 
 @contextlib.contextmanager
 def opened() -> Iterator[list[Note]]:
-  """Collect the notes of everything traced inside."""
+  """Collect the notes of everything traced inside, what `jit` has traced before too.
+
+  JAX keeps traces by what surrounds them: an attribute that is new every time makes it trace anew.
+  """
   notes: list[Note] = []
   token = _open.set(notes)
   try:
-    yield notes
+    with set_xla_metadata(journal=str(next(_times))):
+      yield notes
   finally:
     _open.reset(token)
 

@@ -185,6 +185,27 @@ def test_nothing_is_run():
   jax.effects_barrier()
 
 
+def test_a_step_that_has_run_is_explained_again_and_traced_no_more_for_it():
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=MASK, prefer="memory")
+  traces = []
+
+  @jax.jit
+  def step(p, state, x):
+    traces.append(1)
+    value, grads = jax.jit(maskopt.value_and_grad(loss, MASK))(p, x)
+    updates, state = tx.update(grads, state, p)
+    return value, maskopt.apply_updates(p, updates), state
+
+  p = params()
+  state = tx.init(p)
+  step(p, state, X)
+  first, again = (maskopt.explain(step, MASK, p, state, X) for _ in range(2))
+  assert first == again and first.flops_sliced < first.flops_full
+  assert len(traces) == 3
+  step(p, state, X)
+  assert len(traces) == 3
+
+
 def test_a_step_without_our_gradient_is_refused():
   with pytest.raises(ValueError, match="expected a scalar loss, or a step that calls maskopt.grad"):
     maskopt.explain(lambda p, x: p["low"]["kernel"] * 2, MASK, params(), X)
