@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _copies, _tree
-from ._errors import Problem, describe, fail
-from ._layout import Layout
+from . import _copies, _provenance, _tree
+from ._errors import Problem, describe, fail, show
+from ._layout import Frozen, Layout, Sets
 from ._packed import is_packed
 from ._packing import Layouts
 
@@ -69,6 +71,41 @@ def need_positions(grads: Any, where: str) -> None:
   ]
   if problems:
     fail(where, problems, "Pack with the next mask, or change the mask with array gradients.")
+
+
+def warn_of_other_gradients(layouts: Layouts, flat: _tree.Flat, where: str) -> None:
+  """Warn of gradients that were computed with a mask under which nothing trains of what trains here.
+
+  Their zeros would train: nothing moves, and nobody says why.
+  """
+  paths = [
+    path
+    for path, g, layout in zip(flat.paths, flat.leaves, layouts.static.layouts, strict=True)
+    if layout is not None and not is_packed(g) and _made_apart(g, layout)
+  ]
+  if paths:
+    warnings.warn(
+      f"`{where}`: at {', '.join(map(show, paths))}, the gradient was computed with another mask, "
+      "which freezes all that trains here, so it is zero. Use one mask throughout: "
+      "maskopt.mask_of(state) is the one a state was made for.",
+      stacklevel=3,
+    )
+
+
+def _made_apart(gradient: Any, layout: Layout) -> bool:
+  """Whether a gradient is known to have been computed for none of the trainable elements."""
+  record = _provenance.made_of.recall(gradient)
+  if record is None or isinstance(layout, Frozen):
+    return False
+  if isinstance(record.layout, Frozen):
+    return True
+  pairs = list(itertools.product(record.layout.blocks, layout.blocks))
+  return bool(pairs) and not any(_meet(a, b) for a, b in pairs)
+
+
+def _meet(a: Sets, b: Sets) -> bool:
+  """Whether two products of index sets have an element in common."""
+  return all(np.intersect1d(i, j, assume_unique=True).size for i, j in zip(a, b, strict=True))
 
 
 def packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:

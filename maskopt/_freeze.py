@@ -205,6 +205,7 @@ def selective_transform(
     layouts = state.layouts
     flat = layouts.flat(updates, where)
     _journal.write(lambda: _received(layouts, flat))
+    _arguments.warn_of_other_gradients(layouts, flat, where)
     values = None if params is None else _copies.each(lambda p: layouts.take(p, where), params)
     masters = _masters.follow(state.masters, values)
     grads = _masters.like(_copies.trained(masters), layouts.take(updates, where))

@@ -345,7 +345,9 @@ def _presented(
 ) -> Any:
   """One leaf's gradient as the caller gets it, remembered as what it was made of."""
   if isinstance(layout, Frozen):
-    return Packed(None, layout) if packed else _no_gradient(leaf)
+    if packed:
+      return Packed(None, layout)
+    return _provenance.made_of.remember(_no_gradient(leaf), Record(layout, index, None))
   if isinstance(layout, Full):
     return g
   sampled = _is_sampled(layout, densest)

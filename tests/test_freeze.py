@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import warnings
 
 import flax.core
 import flax.serialization
@@ -448,3 +450,34 @@ def test_master_dtype_is_checked_when_the_transform_is_built(dtype, got, freeze_
     TypeError, match=rf"selective_transform\(master_dtype=...\)`.*expected a float dtype, got {got}"
   ):
     maskopt.selective_transform(optax.sgd(0.1), freeze_mask=freeze_mask, master_dtype=dtype)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+  ("of_gradient", "warned"),
+  [
+    ({"w": np.arange(8) != 2, "b": False}, "at w"),  # another unit
+    ({"w": np.arange(8) == 1, "b": False}, "at w"),  # upside down
+    ({"w": True, "b": True}, "at b, w"),
+    ({"w": np.arange(8) != 1, "b": False}, None),
+    ({"w": np.arange(8) > 1, "b": np.arange(8) > 1}, None),  # more than trains, and less
+    ({"w": np.tile(np.arange(8) != 1, (8, 1)), "b": False}, None),  # the same, said otherwise
+  ],
+)
+def test_a_gradient_of_another_mask_is_told(jit, of_gradient, warned):
+  params = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
+  mask = {"w": np.arange(8) != 1, "b": False}
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=mask, prefer="memory")
+
+  @jit
+  def step(params, state):
+    grads = maskopt.grad(lambda p: jnp.sum(jnp.tanh(p["w"]) @ p["b"]), of_gradient)(params)
+    return tx.update(grads, state, params)
+
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    step(params, tx.init(params))
+  assert len(caught) == (warned is not None)
+  if warned is not None:
+    text = rf"`maskopt.selective_transform.*`: {warned}, the gradient .* another mask, .*mask_of"
+    assert re.search(text, str(caught[0].message))
