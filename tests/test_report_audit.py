@@ -325,6 +325,46 @@ def test_linen_statistics(norm_frozen):
   assert (report.drifted, report.notes) == ((paths, ()) if norm_frozen else ((), paths))
 
 
+def trained_linen():
+  x = jnp.arange(8.0).reshape(2, 4)
+  variables = Linen().init(jax.random.key(0), x)
+  _, moved = Linen().apply(variables, x, mutable=["batch_stats"])
+  return variables, {**variables, **moved}
+
+
+@pytest.mark.parametrize("norm_frozen", [False, True])
+def test_linen_statistics_under_a_mask_built_over_the_variables(norm_frozen):
+  before, after = trained_linen()
+  rules = [("params/Dense_0", True), ("params/BatchNorm_0", norm_frozen)]
+  mask = maskopt.build_mask(before, rules)
+  assert mask["batch_stats"] == {"BatchNorm_0": {"mean": False, "var": False}}
+  report = maskopt.audit(maskopt.snapshot(before), after, mask)
+  paths = ("batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var")
+  assert (report.drifted, report.notes) == ((paths, ()) if norm_frozen else ((), paths))
+  assert report.trainable == (0 if norm_frozen else 6)
+  bare = maskopt.audit(before, {"params": after["params"]}, mask)
+  assert bare.notes == bare.drifted == ()
+
+
+def test_linen_statistics_that_the_mask_freezes_must_keep_their_bits():
+  before, after = trained_linen()
+  mask = maskopt.build_mask(before, [("params", True), ("**/mean", True)])
+  report = maskopt.audit(before, after, mask)
+  assert {x.path for x in report.leaves if x.changed} == {"batch_stats/BatchNorm_0/mean"}
+  assert report.drifted == ("batch_stats/BatchNorm_0/var",)
+  match = "batch_stats/BatchNorm_0/mean, expected the leaf that was there before, got none"
+  with pytest.raises(ValueError, match=match):
+    maskopt.audit(before, {"params": after["params"]}, mask)
+
+
+def test_linen_statistics_under_the_mask_of_a_state():
+  before, after = trained_linen()
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=True)
+  paths = ("batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var")
+  for params in (before["params"], {"params": before["params"]}):
+    assert maskopt.audit(before, after, maskopt.mask_of(tx.init(params))).drifted == paths
+
+
 def test_state_without_parameters_of_its_own_belongs_to_the_layer_around_it():
   class Block(nnx.Module):
     def __init__(self, rngs):

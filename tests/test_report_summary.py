@@ -183,6 +183,38 @@ def test_a_mask_may_speak_of_every_collection():
   assert report.frozen == 6 and report.others == ()
 
 
+@pytest.mark.parametrize("free", [False, np.zeros(3, bool), {"BatchNorm_0": False}])
+def test_collections_that_the_mask_leaves_free_are_state(free):
+  variables = Linen().init(jax.random.key(0), jnp.ones((2, 4)))
+  params = {"Dense_0": True, "BatchNorm_0": False}
+  if isinstance(free, np.ndarray):
+    free = {"BatchNorm_0": {"mean": free, "var": free}}
+  report = maskopt.summary(variables, {"params": params, "batch_stats": free})
+  assert str(report) == str(maskopt.summary(variables, params))
+  assert report.others == (("batch_stats", 2, 6),)
+  built = maskopt.build_mask(variables, [("params/Dense_0", True)])
+  assert str(report) == str(maskopt.summary(variables, built))
+  assert maskopt.metrics(variables, built) == maskopt.metrics(variables["params"], params)
+  both = maskopt.metrics(variables, built, grad=variables)
+  assert both["grad_norm_frozen"] == both["param_norm_frozen"] > 0
+
+
+def test_what_a_mask_freezes_of_a_collection_stays_and_the_rest_is_state():
+  variables = Linen().init(jax.random.key(0), jnp.ones((2, 4)))
+  mask = maskopt.build_mask(variables, [("**/mean", True)])
+  report = maskopt.summary(variables, mask)
+  assert "batch_stats/BatchNorm_0/mean" in {x.path for x in report.rows}
+  assert "batch_stats/BatchNorm_0/var" not in {x.path for x in report.rows}
+  assert (report.frozen, report.others) == (3, (("batch_stats", 1, 3),))
+
+
+def test_a_mask_for_other_collections_is_still_refused():
+  variables = Linen().init(jax.random.key(0), jnp.ones((2, 4)))
+  for wrong in ({"adapters": False}, {"batch_stats": {"BatchNorm_7": False}}):
+    with pytest.raises(ValueError, match="expected a parameter, got none of that path"):
+      maskopt.summary(variables, {"params": False, "batch_stats": False, **wrong})
+
+
 def test_the_mask_of_a_linen_state_fits_its_variables():
   variables = Linen().init(jax.random.key(0), jnp.ones((2, 4)))
   tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,6 +52,11 @@ def metrics(
     >>> numbers["frozen_share"], numbers["param_norm_frozen"], numbers["param_norm_trainable"]
     (0.5, 3.0, 4.0)
   """
+  # Gradients and updates come in linen's collections too, where the parameters do.
+  trees = {
+    name: _parts.parts(tree, freeze_mask)[0] if isinstance(tree, Mapping) else tree
+    for name, tree in trees.items()
+  }
   params, freeze_mask, _ = _parts.parts(params, freeze_mask)
   layouts = _packing.layouts_of(freeze_mask, params, _WHERE)
   numbers = _counts(_elements.as_stored(layouts), per_leaf)

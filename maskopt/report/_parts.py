@@ -47,9 +47,9 @@ def parts(
 ) -> tuple[Any, Any, list[Other]]:
   """Return the parameters, the mask over them, and everything else that the tree holds.
 
-  The variables of linen come apart unless the mask speaks of the other collections too. A function
-  is a mask over the parameters and is left for the analysis to call. Of the two copies that
-  lookahead keeps, the one that trains is returned.
+  The variables of linen come apart; what the mask freezes of their other collections stays, to be
+  proved. A function is a mask over the parameters and is left for the analysis to call. Of the two
+  copies that lookahead keeps, the one that trains is returned.
   """
   tree = _copies.trained(tree)
   if isinstance(tree, nnx.Module):
@@ -59,11 +59,45 @@ def parts(
   named = _collections_named(freeze_mask)
   if "params" not in named:
     return tree["params"], freeze_mask, list(_collections(tree))
-  if named != {"params"}:
-    return tree, freeze_mask, []
   if isinstance(freeze_mask, Layouts):
-    return {"params": tree["params"]}, freeze_mask, list(_collections(tree))
-  return tree["params"], freeze_mask["params"], list(_collections(tree))
+    # What an optimizer holds moments of is for it a parameter, in whatever collection.
+    inside = {"params": tree["params"]}, freeze_mask, list(_collections(tree, "params"))
+    return inside if named == {"params"} else (tree, freeze_mask, [])
+  return _without_state(tree, freeze_mask)
+
+
+def _without_state(
+  tree: Mapping[str, Any], freeze_mask: Mapping[str, Any]
+) -> tuple[Any, Any, list[Other]]:
+  """The variables without the state that their mask leaves free; none of it trains.
+
+  `build_mask` over the variables names every collection, and gives False where no rule does.
+  """
+  flat, entries = _tree.flatten(tree), _masks.flatten(freeze_mask)
+  known = {a for path in flat.paths for a in _tree.ancestors(path)}
+  free = {p for p, x in zip(entries.paths, entries.leaves, strict=True) if _is_free(x)}
+  params = {p for p in flat.paths if _collection(p) == "params"}
+  free |= set(tree) - set(freeze_mask)
+  held = {p for p in flat.paths if p not in params and not free.isdisjoint(_tree.ancestors(p))}
+  absent = {p for p in free if _collection(p) in _COLLECTIONS - set(tree)}
+  if not set(entries.paths) <= known | absent:
+    return tree, freeze_mask, []  # for another tree, as the analysis of the mask will say
+  if held | params == set(flat.paths):
+    return tree["params"], freeze_mask["params"], list(_collections(tree))
+  leaves = [None if p in held else x for p, x in zip(flat.paths, flat.leaves, strict=True)]
+  others = [x for x in _collections(tree, "params") if x.path in held]
+  return flat.unflatten(leaves), freeze_mask, others
+
+
+def _is_free(mask: Any) -> bool:
+  """Whether a mask is known to freeze nothing."""
+  if isinstance(mask, np.ndarray):
+    return mask.dtype == np.bool_ and not mask.any()
+  return _masks.is_bool(mask) and not mask
+
+
+def _collection(path: str) -> str:
+  return path.partition("/")[0]
 
 
 def under_own_names(freeze_mask: Any, module: nnx.Module, where: str) -> Any:
@@ -97,7 +131,7 @@ def _is_variables(tree: Any) -> bool:
 def _collections_named(freeze_mask: Any) -> set[str]:
   """The first parts of the mask's paths."""
   if isinstance(freeze_mask, Layouts):
-    return {path.partition("/")[0] for path in freeze_mask.static.paths}
+    return {_collection(path) for path in freeze_mask.static.paths}
   return set(freeze_mask) if isinstance(freeze_mask, Mapping) else set()
 
 
@@ -107,10 +141,11 @@ def _variables(module: nnx.Module) -> Iterator[Other]:
     yield from _others(path, path, kind, variable)
 
 
-def _collections(tree: Mapping[str, Any]) -> Iterator[Other]:
+def _collections(tree: Mapping[str, Any], owner: str = "") -> Iterator[Other]:
+  """The state beside linen's parameters, whose paths begin with `owner`."""
   for name, collection in tree.items():
     if name != "params":
-      yield from _others(name, "", name, collection)
+      yield from _others(name, owner, name, collection)
 
 
 def _others(path: str, owner: str, kind: str, tree: Any) -> Iterator[Other]:
