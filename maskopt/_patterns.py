@@ -31,6 +31,8 @@ _FILTERS = (
 _KINDS = "a path, a compiled regex, a layer index or slice, an nnx filter, a function or `...`"
 _NO_PATTERN = 'Write a path as a string, such as "dense/kernel", or `...` for everything else.'
 _ANCHORED = "Patterns start at the root of the tree; `**/` stands for any parts in front."
+# What a regex has and a path or glob seldom does.
+_REGEX = re.compile(r"[\^$\\()|+]|\.\*")
 
 
 class Subject:
@@ -171,12 +173,22 @@ def _advice(pattern: Any, subject: Subject) -> str:
   if subject.flat.paths == ("",):
     return "Write `...`: a lone array has no path."
   if isinstance(pattern, str):
-    return _ANCHORED
+    return _ANCHORED + (
+      f" A regex is given compiled: {regex!r}." if (regex := _meant(pattern)) else ""
+    )
   if isinstance(pattern, re.Pattern):
     return "A compiled regex is searched for anywhere in the path, upper and lower case apart."
   if isinstance(pattern, (type, *_FILTERS)):
     return "A filter is asked about the parameters' variables, and took none of them."
   return "The function was asked about each of them and returned False."
+
+
+def _meant(pattern: str) -> re.Pattern[str] | None:
+  """The regex that a string looks like."""
+  try:
+    return re.compile(pattern) if _REGEX.search(pattern) else None
+  except (re.error, Warning):  # a nested set, say, warns; and warnings may be errors
+    return None
 
 
 def _asked(function: Callable[[str, Any], Any], path: str, leaf: Any) -> bool:

@@ -427,6 +427,22 @@ def test_units_by_a_bool_array():
     maskopt.build_mask({"b": array(3)}, [("b", maskopt.units(np.array([True, False])))])
 
 
+@pytest.mark.parametrize("text", [".*bias", "^body.*", "bias$", "(body|a)/b", r"body\.b", "b.+s"])
+def test_a_string_that_looks_like_a_regex_is_told_of_compiling(text):
+  params = {"body": {"bias": array(3)}}
+  match = r"Patterns start at the root .* A regex is given compiled: "
+  with pytest.raises(ValueError, match=match + re.escape(f"{re.compile(text)!r}.") + "$"):
+    maskopt.build_mask(params, [(text, True)])
+
+
+@pytest.mark.parametrize(
+  "text", ["bias", "*bias", "**/kernel", "bod[xz]", "(body", "body.bias", "[[a]|b"]
+)
+def test_other_strings_are_not(text):
+  with pytest.raises(ValueError, match=r"any parts in front\.$"):
+    maskopt.build_mask({"body": {"bias": array(3)}}, [(text, True)])
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, list])
 def test_an_array_of_0_and_1_is_not_read_as_indices(dtype):
   flags = [0, 1, 0, 1, 0, 1] if dtype is list else np.array([0, 1, 0, 1, 0, 1], dtype)
