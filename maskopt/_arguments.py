@@ -74,7 +74,7 @@ def need_positions(grads: Any, where: str) -> None:
 
 
 def warn_of_other_gradients(layouts: Layouts, flat: _tree.Flat, where: str) -> None:
-  """Warn of gradients that were computed with a mask under which nothing trains of what trains here.
+  """Warn of gradients computed with a mask under which nothing trains of what trains here.
 
   Their zeros would train: nothing moves, and nobody says why.
   """

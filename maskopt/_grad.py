@@ -15,10 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from . import _choice, _journal, _packing, _provenance, _slicer, _tree
-from ._errors import Problem, describe, fail
+from . import _argnums, _choice, _journal, _packing, _provenance, _slicer, _tree
 from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
@@ -62,9 +60,12 @@ def value_and_grad(
     A function of the same arguments that returns (value, gradient), or ((value, aux), gradient).
     The gradient has the argument's containers, shapes and dtypes and exact zeros where frozen
     (float0 for integer leaves); NaN and Inf pass as in JAX. Inside one `jit`, `selective_transform`
-    and `apply_updates` receive its blocks and the full-shaped array is never built. Devices that
-    share a batch reduce blocks and not whole gradients; scattered elements too if the arguments are
-    placed on their mesh, save those of kernels that a `scan` takes apart.
+    and `apply_updates` receive its blocks and the full-shaped array is never built.
+
+    Devices that share a batch reduce blocks and not whole gradients. Scattered elements too, if the
+    arguments are placed on their mesh, save on TPU under `jit` (XLA lacks the means there) and
+    those of kernels that a `scan` takes apart. `jax.export` refuses such a program, and JAX's
+    persistent cache finds it only with `jax_remove_custom_partitioning_ptr_from_cache_key`.
   Raises:
     ValueError: the mask does not fit the argument; TypeError: a mask leaf is not boolean, or the
       argument is an nnx module (split it, or use its state).
@@ -77,7 +78,7 @@ def value_and_grad(
     (2.0, [[0.0, 2.0], [0.0, 2.0]])
   """
   where = "maskopt.grad(freeze_mask=...)"
-  _check(fun, argnums)
+  _argnums.check(fun, argnums)
   jax_options: dict[str, Any] = {
     "has_aux": has_aux,
     "holomorphic": holomorphic,
@@ -87,7 +88,7 @@ def value_and_grad(
 
   @functools.wraps(fun, updated=())
   def evaluated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    params, with_params = _argument(args, argnums, where)
+    params, with_params = _argnums.chosen(args, argnums, where)
     layouts = _packing.layouts_of(freeze_mask, params, where, prefer="values")
     flat = layouts.flat(params, where)
     split = _Split(layouts, flat, _densest(args, kwargs, packed))
@@ -99,8 +100,7 @@ def value_and_grad(
       return fun(*with_params(flat.unflatten(leaves)), **kwargs)
 
     differentiated = jax.value_and_grad(of_trained, **jax_options)
-    jax_options["allow_int"] = True
-    whole = jax.value_and_grad(of_all, **jax_options)
+    whole = jax.value_and_grad(of_all, **{**jax_options, "allow_int": True})
     value, gradients, plan = _evaluate(differentiated, split)
     _journal.write(lambda: [_note(whole, split, differentiated, plan)])
     leaves = [
@@ -168,48 +168,6 @@ def grad(
     return (g, value[1]) if has_aux else g
 
   return gradient
-
-
-def _check(fun: Any, argnums: Any) -> None:
-  """Raise unless there is a function to differentiate, and whole numbers that say in what."""
-  if not callable(fun):
-    problem = Problem("", "a function that returns a scalar", describe(fun), TypeError)
-    fail("maskopt.grad(fun, ...)", [problem], "Give it the loss itself, and not its value.")
-  numbers = argnums if isinstance(argnums, Sequence) else [argnums]
-  if not all(isinstance(n, (int, np.integer)) for n in numbers):
-    problem = Problem("", "an int or a tuple of ints", describe(argnums), TypeError)
-    fail("maskopt.grad(argnums=...)", [problem], "Count arguments given by position, from 0.")
-
-
-def _argument(
-  args: tuple[Any, ...], argnums: int | Sequence[int], where: str
-) -> tuple[Any, Callable[[Any], list[Any]]]:
-  """The differentiated argument, or a tuple of several, and how to put another in its place."""
-  several = isinstance(argnums, Sequence)
-  numbers: list[int] = list(argnums) if several else [argnums]
-  outside = [
-    Problem("", f"argnums below {len(args)}, the number of arguments", str(n))
-    for n in numbers
-    if not -len(args) <= n < len(args)
-  ]
-  if outside:
-    fail("maskopt.grad(argnums=...)", outside, "Count arguments given by position, from 0.")
-  modules = [
-    Problem("", "a tree of arrays", f"the module {type(args[n]).__name__}", TypeError)
-    for n in numbers
-    if isinstance(args[n], nnx.Module)
-  ]
-  if modules:
-    fail(where, modules, "Split a module with nnx.split and differentiate its nnx.Param state.")
-  chosen = tuple(args[n] for n in numbers)
-
-  def with_params(params: Any) -> list[Any]:
-    new = list(args)
-    for n, value in zip(numbers, params if several else (params,), strict=True):
-      new[n] = value
-    return new
-
-  return (chosen if several else chosen[0]), with_params
 
 
 @dataclasses.dataclass(frozen=True)

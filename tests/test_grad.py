@@ -365,7 +365,7 @@ def test_errors_name_path_expected_got_and_remedy():
     maskopt.grad(loss, False, argnums="x")
   with pytest.raises(TypeError, match=r"`maskopt.grad\(fun, ...\)`.*a function .*got int 3. Give"):
     maskopt.grad(3, True)
-  with pytest.raises(TypeError, match="the module Linear.*nnx.split"):
+  with pytest.raises(TypeError, match="the module Linear.*Use maskopt.nnx.grad"):
     maskopt.grad(lambda m: 0.0, False)(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
