@@ -53,21 +53,32 @@ def blocks(text):
 
 
 def printed(block):
-  out, names = io.StringIO(), {}
+  names = {}
+  run(block.prelude, block.name, names)
+  return run(block.code, block.name, names)
+
+
+def run(code, name, names):
+  """What the code prints."""
+  out = io.StringIO()
   with (  # as users have it, and not as strict as our own tests
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
-    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stdout(out),
   ):
-    exec(block.prelude, names)
-    with contextlib.redirect_stdout(out):
-      exec(compile(block.code, block.name, "exec"), names)
+    exec(compile(code, name, "exec"), names)
   return out.getvalue()
 
 
 @pytest.mark.parametrize("block", blocks(README.read_text()), ids=lambda block: block.name)
 def test_blocks_run_and_print_what_is_shown(block):
   assert printed(block) == (block.shown or "")
+
+
+def test_guides_print_the_same_when_pasted_one_after_another():
+  names = {}
+  for block in blocks(README.read_text()):
+    assert run(block.code, block.name, names) == (block.shown or ""), block.name
 
 
 def test_the_set_up_is_two_commands():
