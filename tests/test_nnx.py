@@ -463,3 +463,33 @@ def test_model_and_gradients_in_the_wrong_order():
   optimizer = maskopt.nnx.Optimizer(model, optax.sgd(0.1), MASK)
   with pytest.raises(TypeError, match="expected the module, then gradients, got Net second"):
     optimizer.update(nnx.grad(loss)(model), model)
+
+
+@pytest.mark.parametrize("kernel", [np.array([True, False, False, False]), True, False])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx)])
+def test_an_optimizer_that_selects_already_is_refused(kernel, own, around):
+  model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+  mask = {"kernel": kernel, "bias": False}
+  tx = around(maskopt.selective_transform(optax.adam(0.1), freeze_mask=mask))
+  match = (
+    r"maskopt\.nnx\.Optimizer\(tx=\.\.\.\)`: at tx, expected an optimizer of whole parameters, got "
+    r"one of maskopt\.selective_transform\. It would select twice\. Write "
+    r"maskopt\.nnx\.Optimizer\(model, optax\.adam\(\.\.\.\), freeze_mask\) with"
+  )
+  with pytest.raises(ValueError, match=match):
+    maskopt.nnx.Optimizer(model, tx, mask if own else None)
+  # What the remedy says works.
+  nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def test_an_error_of_the_mask_alone_stays_as_it_is():
+  model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"at kernel, expected bool broadcastable to \(2, 4\)"):
+    maskopt.nnx.Optimizer(model, optax.adam(0.1), {"kernel": np.zeros(3, bool), "bias": False})
+
+
+def test_a_partition_under_a_mask_is_no_second_selection():
+  model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+  tx = maskopt.partition({"a": optax.adam(0.1)}, {"kernel": "a", "bias": "a"})
+  maskopt.nnx.Optimizer(model, tx, {"kernel": True, "bias": False})
