@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,10 @@ _VALUES = (
   "maskopt.train_only or a function of the leaf."
 )
 
+_TREE = (
+  "A rule gives every parameter it names one value: write a rule for each leaf of the tree, or "
+  "join whole masks by maskopt.union."
+)
 _ARGUMENTS = {
   "of": "Give the number of heads that the layer has.",
   "parts": "Give 3 for fused query, key and value that lie side by side, 1 if they interleave.",
@@ -202,6 +206,9 @@ def frozen(value: Any, leaf: Leaf) -> Any:
   if callable(value) and not isinstance(value, type):
     check_takes(value, ("leaf",), "As value it returns what to freeze of the leaf.")
     return frozen(value(leaf.value), leaf)
+  if isinstance(value, Mapping):
+    # Not its repr: that of a State is many lines, and it would stand at every leaf of the rule.
+    raise Complaint("what to freeze", f"a tree ({type(value).__name__})", _TREE, TypeError)
   remedy = _VALUES if value is not None else "Write True to freeze. " + _VALUES
   raise Complaint("what to freeze", describe(value), remedy, TypeError)
 

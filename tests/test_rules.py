@@ -752,6 +752,19 @@ def test_values_that_do_not_fit(value, kind, match):
     maskopt.build_mask({"w": array(4, 3)}, [], default=value)
 
 
+def test_a_tree_as_value_is_named_in_a_word():
+  model = {"fc1": nnx.Linear(2, 4, rngs=nnx.Rngs(0))}
+  mask = maskopt.build_mask(nnx.state(model["fc1"]), [("bias", True)])
+  params = {"fc1": {"kernel": array(2, 4), "bias": array(4)}}
+  match = (
+    r"at fc1/kernel \(rules\[0\] 'fc1'\), expected what to freeze, got a tree \({}\)\. A rule gives"
+  )
+  for value, name in ((mask, "State"), ({"kernel": True, "bias": False}, "dict")):
+    with pytest.raises(TypeError, match=match.format(name)) as caught:
+      maskopt.build_mask(params, [("fc1", value)])
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("by maskopt.union.")
+
+
 def test_values_show_themselves_compare_and_survive_pickle():
   value = maskopt.train_only(maskopt.heads([0, -1], of=4, parts=3))
   assert repr(value) == "train_only(heads([0, -1], of=4, parts=3))"
