@@ -115,6 +115,8 @@ class Optimizer(nnx.Optimizer[M]):
 
   @opt_state.setter
   def opt_state(self, tree: Any) -> None:
+    # What Flax marks as data only an attribute of one of its objects takes unmarked.
+    tree = _Unmarked(tree).tree
     # Flat, for `nnx.jit` walks every container of an object in Python, twice a call: of a nested
     # state it took as long for the containers as for the variables.
     paths, structure = jax.tree_util.tree_flatten_with_path(_compact(tree), is_leaf=_is_box)
@@ -210,6 +212,11 @@ def _refuse_selective(state: Any) -> None:
       "with the optimizer that maskopt.selective_transform was given, or leave this transform as "
       "it is and give it to flax.nnx.Optimizer(model, tx, wrt=nnx.Param).",
     )
+
+
+class _Unmarked(nnx.Pytree, pytree=False):
+  def __init__(self, tree: Any):
+    self.tree = tree
 
 
 def _values(grads: Any) -> Any:
