@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,10 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from . import _continual
 from ._data import Images
+from ._grown import Outcome
 from ._picture import INK, RUNS, SOFT, STYLE, TRAINS
-
-if TYPE_CHECKING:
-  from .grow import Outcome
 
 # The older, the darker; what trains now is amber, as in the other pictures.
 AGES = ("#07355C", "#0B5FA5", "#3F86C2", "#82B1D9", TRAINS)
