@@ -191,7 +191,10 @@ FILES = {"orbax": _orbax, "bytes": _bytes, "pickle": _pickled}
 
 def _resumes(forms):
   """Every form through one kind of file, and every kind of file for one form."""
-  return [(form, "bytes") for form in forms] + [("blocks", f) for f in FILES if f != "bytes"]
+  more = [f for f in FORMS if f not in ("boundaries", "random", "blocks")]
+  slow = [pytest.param(f, "bytes", marks=pytest.mark.slow) for f in more if f in forms]
+  few = [(form, "bytes") for form in forms if form not in more]
+  return few + slow + [("blocks", f) for f in FILES if f != "bytes"]
 
 
 @pytest.mark.parametrize(("form", "file"), _resumes(["boundaries", "random", "blocks"]))

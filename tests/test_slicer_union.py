@@ -46,7 +46,7 @@ def test_the_cases_are_unions_of_every_kind():
   assert len(CASES) > 100 and {1, 2, 3, 4} <= set(counts)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_equals_the_array_at_the_mask(dtype):
   for shape, mask, blocks in CASES:
     x = rng().normal(size=shape).astype(np.float32).view(np.int32).astype(dtype)

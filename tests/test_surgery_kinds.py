@@ -65,7 +65,7 @@ def trained(kind, done, steps=20):
 
 
 @every_kind
-@pytest.mark.parametrize("mode", ["zero", "copy"])
+@pytest.mark.parametrize("mode", ["zero", pytest.param("copy", marks=pytest.mark.slow)])
 def test_it_grows_and_computes_what_it_did(kind, mode):
   model = kind.build()
   if (kind.name, mode) == ("tokens and the stream", "copy"):

@@ -90,7 +90,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
   "cell", [nn.LSTMCell, nn.GRUCell, nn.SimpleCell, nn.MGUCell], ids=lambda c: c.__name__
 )
-@pytest.mark.parametrize("mode", ["zero", "copy"])
+@pytest.mark.parametrize("mode", ["zero", pytest.param("copy", marks=pytest.mark.slow)])
 def test_every_cell_of_linen(cell, mode):
   old, new = Recurrent(cell), Recurrent(cell, 6)
   variables = models._noisy(old.init(KEY, SEQUENCES))
