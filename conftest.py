@@ -1,7 +1,22 @@
 """Doctests run as a user would run them; the tests are stricter (tests/conftest.py)."""
 
+import os
+import tempfile
+
 import jax
 import pytest
+
+
+def pytest_configure(config):
+  """What one worker of a run has compiled, the other reads."""
+  if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  folder = tempfile.TemporaryDirectory(prefix="maskopt-tests-", ignore_cleanup_errors=True)
+  config.add_cleanup(folder.cleanup)
+  # Workers have it before they import JAX.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(autouse=True)
