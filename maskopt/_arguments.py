@@ -18,9 +18,14 @@ from ._packed import is_packed
 from ._packing import Layouts
 
 
+def is_transform(x: Any) -> bool:
+  """Whether x has the two functions of an Optax transformation, as `optax.MultiSteps` has."""
+  return hasattr(x, "init") and hasattr(x, "update")
+
+
 def check_transform(x: Any, where: str, remedy: str) -> None:
-  """Raise unless x has the two functions of an Optax transformation, as `optax.MultiSteps` has."""
-  if not (hasattr(x, "init") and hasattr(x, "update")):
+  """Raise unless x is a transformation."""
+  if not is_transform(x):
     fail(where, [Problem("", "an Optax transformation", describe(x), TypeError)], remedy)
 
 
@@ -99,13 +104,29 @@ def _made_apart(gradient: Any, layout: Layout) -> bool:
     return False
   if isinstance(record.layout, Frozen):
     return True
+  if record.layout.digest == layout.digest:  # one mask
+    return False
   pairs = list(itertools.product(record.layout.blocks, layout.blocks))
   return bool(pairs) and not any(_meet(a, b) for a, b in pairs)
 
 
 def _meet(a: Sets, b: Sets) -> bool:
   """Whether two products of index sets have an element in common."""
-  return all(np.intersect1d(i, j, assume_unique=True).size for i, j in zip(a, b, strict=True))
+  return all(map(_overlap, a, b))
+
+
+def _overlap(a: range | np.ndarray, b: range | np.ndarray) -> bool:
+  """Whether two index sets have a position in common; a range is as long as a leaf, and not read."""
+  if isinstance(b, range):
+    a, b = b, a
+  if isinstance(a, range):
+    first, last = a[0], a[-1]
+    return (
+      bool(b[0] <= last and first <= b[-1])
+      if isinstance(b, range)
+      else bool(((first <= b) & (b <= last)).any())
+    )
+  return np.intersect1d(a, b, assume_unique=True).size > 0
 
 
 def packed_argument(value: Any, layouts: Layouts, params: Any, where: str) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _joint, _masks, _provenance, _traced, _tree
+from . import _arguments, _joint, _masks, _provenance, _traced, _tree
 from ._choice import Prefer
 from ._errors import Problem, describe, fail
 from ._freeze import SelectiveState, selective_transform
@@ -140,7 +140,7 @@ def _checked_keys(optimizers: Any) -> list[Label]:
   problems += [
     Problem(f"optimizers[{k!r}]", "an Optax transformation or None", describe(tx), TypeError)
     for k, tx in optimizers.items()
-    if tx is not None and not (hasattr(tx, "init") and hasattr(tx, "update"))
+    if tx is not None and not _arguments.is_transform(tx)
   ]
   names = [str(k) for k in keys]
   problems += [
