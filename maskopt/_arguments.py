@@ -116,7 +116,7 @@ def _meet(a: Sets, b: Sets) -> bool:
 
 
 def _overlap(a: range | np.ndarray, b: range | np.ndarray) -> bool:
-  """Whether two index sets have a position in common; a range is as long as a leaf, and not read."""
+  """Whether two index sets have a position in common; a range may be as long as a leaf."""
   if isinstance(b, range):
     a, b = b, a
   if isinstance(a, range):

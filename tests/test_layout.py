@@ -110,7 +110,7 @@ def test_added_is_addition_and_its_derivative():
   assert dp.tolist() == du.tolist() == [1, 1, 1]
 
 
-def test_many_values_are_added_in_one_pass_that_keeps_two_arrays():
+def test_many_values_are_added_in_one_pass_that_keeps_one_array():
   """Values that the program computes, zeros among them: what they are made of is not kept too."""
   shape = (2048, 1024)
   frozen = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % 2 == 0
@@ -132,7 +132,7 @@ def test_many_values_are_added_in_one_pass_that_keeps_two_arrays():
   moved = values[adds[~frozen]]
   expected = x[adds] - 0.5 * (moved / (1 + np.abs(moved)))
   np.testing.assert_allclose(after[adds], expected, rtol=1e-5, atol=1e-6)
-  assert run.memory_analysis().temp_size_in_bytes < 2.1 * values.nbytes
+  assert run.memory_analysis().temp_size_in_bytes < 1.1 * values.nbytes
 
 
 @pytest.mark.parametrize("name", [*reference.REAL, "float8_e4m3fn", "float8_e5m2"])

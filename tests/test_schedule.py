@@ -409,7 +409,9 @@ LARGE = {
     ("rows", optax.adam(0.1), "bfloat16"),
   ],
 )
-def test_a_change_of_the_mask_takes_no_more_memory_than_a_step(form, optimizer, dtype):
+def test_a_change_of_the_mask_takes_no_more_memory_than_a_step_or_three_arrays(
+  form, optimizer, dtype
+):
   """XLA sets its scratch aside at every step: past 32 MB, fresh pages for all of the step."""
   masks, p = LARGE[form], jnp.zeros((SIDE, SIDE), dtype)
   count = None if form == "dense" else int((~np.broadcast_to(masks[0], p.shape)).sum())
@@ -422,7 +424,7 @@ def test_a_change_of_the_mask_takes_no_more_memory_than_a_step(form, optimizer, 
       for m in (fixed, schedule)
     )
   ]
-  assert sizes[1] - sizes[0] < 500_000
+  assert sizes[1] < max(sizes[0], 3 * 4 * (count or 0)) + 500_000
 
 
 def test_a_schedule_adds_one_array_to_the_state_and_one_for_each_leaf_that_changes():
