@@ -151,8 +151,8 @@ def selective_transform(
     elements that stay trainable keep their moments, newly trainable ones start anew, and under an
     Adam as if their first gradient had always been theirs (see `migrate`): one learning rate long.
   Raises:
-    ValueError: the mask does not fit the parameters, the state is another mask's or none, or one
-      array stands at two paths.
+    ValueError: the mask does not fit the parameters, the state is another mask's or none, one
+      array stands at two paths, or the optimizer selects already.
     TypeError: a mask leaf is not boolean, an integer parameter would train, or `master_dtype` is
       no dtype of floats.
   Warns:
@@ -186,7 +186,13 @@ def selective_transform(
     layouts = owner.layouts(_copies.trained(params))
     values = _copies.each(lambda p: layouts.take(p, where), params)
     masters = _masters.create(values, master_dtype)
-    return SelectiveState(layouts, inner.init(_masters.over(masters, values)), masters)
+    try:
+      inner_state = inner.init(_masters.over(masters, values))
+    except ValueError:
+      _refuse_twice(state_of(inner, params))
+      raise
+    _refuse_twice(inner_state)
+    return SelectiveState(layouts, inner_state, masters)
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
     next_mask = extra.pop("freeze_mask", None)
@@ -218,6 +224,34 @@ def selective_transform(
     return full, state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def state_of(tx: Any, params: Any) -> Any:
+  """The state of a transform over whole parameters, without values; None if it has none."""
+  try:
+    return jax.eval_shape(tx.init, params)
+  except Exception:  # noqa: BLE001 - asked about an error that is on its way already
+    return None
+
+
+def selects(state: Any) -> bool:
+  """Whether a state is of `selective_transform`, or holds one; those of a partition are its own."""
+
+  def stop(x: Any) -> bool:
+    return isinstance(x, SelectiveState) or hasattr(x, "joined")
+
+  return any(isinstance(x, SelectiveState) for x in jax.tree.leaves(state, is_leaf=stop))
+
+
+def _refuse_twice(state: Any) -> None:
+  """Raise if an inner state is of a transform that selects: it would see packed values only."""
+  if selects(state):
+    expected, got = "an optimizer of whole parameters", "one of maskopt.selective_transform"
+    fail(
+      "maskopt.selective_transform(optimizer, ...)",
+      [Problem("optimizer", expected, got)],
+      "It would select twice. Join the masks with maskopt.union, and give the optimizer inside.",
+    )
 
 
 def _received(layouts: Layouts, flat: _tree.Flat) -> Iterator[_journal.Received]:

@@ -481,3 +481,20 @@ def test_a_gradient_of_another_mask_is_told(jit, of_gradient, warned):
   if warned is not None:
     text = rf"`maskopt.selective_transform.*`: {warned}, the gradient .* another mask, .*mask_of"
     assert re.search(text, str(caught[0].message))
+
+
+@pytest.mark.parametrize("inner", [True, False, np.array([True, False, False])])
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx)])
+def test_an_optimizer_that_selects_already_is_refused(inner, around):
+  """The inner one would see packed values: with an array, of other shapes than its mask."""
+  params = {"w": jnp.ones((4, 3))}
+  tx = around(maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": inner}))
+  rows = np.array([[True], [False], [True], [True]])
+  with pytest.raises(ValueError, match=r"optimizer, \.\.\.\)`: at optimizer, expected an optimizer of whole .* "
+                     r"selective_transform\. It would select twice\. Join the masks"):  # fmt: skip
+    maskopt.selective_transform(tx, freeze_mask={"w": rows}, prefer="memory").init(params)
+
+
+def test_a_partition_under_a_mask_is_no_second_selection():
+  tx = maskopt.partition({"a": optax.adam(0.1)}, {"w": "a"})
+  maskopt.selective_transform(tx, freeze_mask={"w": False}).init({"w": jnp.ones(3)})

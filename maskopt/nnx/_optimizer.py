@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import optax
 from flax import nnx
 
-from .. import _freeze, _masks, _partition, _ties, _tree
+from .. import _freeze, _masks, _ties, _tree
 from .._choice import Prefer
 from .._errors import Problem, fail
 from .._packed import is_packed
@@ -97,13 +97,11 @@ class Optimizer(nnx.Optimizer[M]):
       if _tree.is_placeholder(params):
         return selective.init(params)
       try:
-        state = selective.init(_unlabelled(params, mask))
+        return selective.init(_unlabelled(params, mask))
       except ValueError:
-        _refuse_selective(_state_of(tx, params))
+        if _freeze.selects(_freeze.state_of(tx, params)):
+          _refuse_selective()
         raise
-      for outer in _selective_in(state):
-        _refuse_selective(outer.inner_state)
-      return state
 
     wrapped = optax.GradientTransformationExtraArgs(init, selective.update)
     super().__init__(model, wrapped, wrt=wrt, graph=graph)
@@ -183,35 +181,16 @@ class Optimizer(nnx.Optimizer[M]):
     fail(_UPDATE, problems, remedy)
 
 
-def _state_of(tx: optax.GradientTransformation, params: Any) -> Any:
-  """The state of a transform over whole parameters, without values; None if it has none."""
-  try:
-    return jax.eval_shape(tx.init, params)
-  except Exception:  # noqa: BLE001 - asked about an error that is on its way already
-    return None
-
-
-def _selective_in(state: Any) -> list[_freeze.SelectiveState]:
-  """The states of `selective_transform` in a state; those of a partition belong to it."""
-
-  def stop(x: Any) -> bool:
-    return isinstance(x, (_freeze.SelectiveState, _partition.PartitionState))
-
-  leaves = jax.tree.leaves(state, is_leaf=stop)
-  return [x for x in leaves if isinstance(x, _freeze.SelectiveState)]
-
-
-def _refuse_selective(state: Any) -> None:
-  """Raise if the state is of a transform that selects already: it would see packed values only."""
-  if _selective_in(state):
-    expected, got = "an optimizer of whole parameters", "one of maskopt.selective_transform"
-    fail(
-      "maskopt.nnx.Optimizer(tx=...)",
-      [Problem("tx", expected, got)],
-      "It would select twice. Write maskopt.nnx.Optimizer(model, optax.adam(...), freeze_mask) "
-      "with the optimizer that maskopt.selective_transform was given, or leave this transform as "
-      "it is and give it to flax.nnx.Optimizer(model, tx, wrt=nnx.Param).",
-    )
+def _refuse_selective() -> NoReturn:
+  """Raise for a transform that selects already: it would see packed values only."""
+  expected, got = "an optimizer of whole parameters", "one of maskopt.selective_transform"
+  fail(
+    "maskopt.nnx.Optimizer(tx=...)",
+    [Problem("tx", expected, got)],
+    "It would select twice. Write maskopt.nnx.Optimizer(model, optax.adam(...), freeze_mask) "
+    "with the optimizer that maskopt.selective_transform was given, or leave this transform as "
+    "it is and give it to flax.nnx.Optimizer(model, tx, wrt=nnx.Param).",
+  )
 
 
 class _Unmarked(nnx.Pytree, pytree=False):
