@@ -490,8 +490,11 @@ def test_an_optimizer_that_selects_already_is_refused(inner, around):
   params = {"w": jnp.ones((4, 3))}
   tx = around(maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": inner}))
   rows = np.array([[True], [False], [True], [True]])
-  with pytest.raises(ValueError, match=r"optimizer, \.\.\.\)`: at optimizer, expected an optimizer of whole .* "
-                     r"selective_transform\. It would select twice\. Join the masks"):  # fmt: skip
+  match = (
+    r"optimizer, \.\.\.\)`: at optimizer, expected an optimizer of whole parameters, got one of "
+    r"maskopt\.selective_transform\. It would select twice\. Join the masks"
+  )
+  with pytest.raises(ValueError, match=match):
     maskopt.selective_transform(tx, freeze_mask={"w": rows}, prefer="memory").init(params)
 
 
