@@ -75,9 +75,9 @@ def _written(move: Move, adds: bool, index: Index, x: Any, values: Any) -> Any:
     return move.write(added if adds else _replaced, index, x, values)
   # XLA:CPU computes a bfloat16 scatter, update or select in float32 and quiets every NaN on the
   # way, the untouched ones too; the view costs a copy, for it never writes through a bitcast in
-  # place. The barrier keeps XLA from drawing the view through the move and back into floats, as
-  # that of jaxlib 0.12 does in a loop.
-  moved = move.write(_replaced, index, bits(x), bits(values))
+  # place. The barriers keep XLA from joining the move with what makes the values and with the view
+  # back into floats: in one kernel, jaxlib 0.12 takes untouched elements through float32 as well.
+  moved = move.write(_replaced, index, bits(x), lax.optimization_barrier(bits(values)))
   return from_bits(lax.optimization_barrier(moved), x.dtype)
 
 
