@@ -13,13 +13,19 @@ from ._errors import Problem, describe, fail
 
 def check(fun: Any, argnums: Any) -> None:
   """Raise unless there is a function to differentiate, and whole numbers that say in what."""
-  if not callable(fun):
-    problem = Problem("", "a function that returns a scalar", describe(fun), TypeError)
-    fail("maskopt.grad(fun, ...)", [problem], "Give it the loss itself, and not its value.")
+  check_function(fun, "maskopt.grad(fun, ...)")
   numbers = argnums if isinstance(argnums, Sequence) else [argnums]
   if not all(isinstance(n, (int, np.integer)) for n in numbers):
     problem = Problem("", "an int or a tuple of ints", describe(argnums), TypeError)
     fail("maskopt.grad(argnums=...)", [problem], "Count arguments given by position, from 0.")
+
+
+def check_function(fun: Any, where: str) -> None:
+  """Raise unless there is a function to differentiate."""
+  if not callable(fun) or isinstance(fun, (nnx.State, nnx.Module)):
+    problem = Problem("", "a function that returns a scalar", describe(fun), TypeError)
+    remedy = "Give it the loss itself, and not its value; the mask comes second."
+    fail(where, [problem], remedy)
 
 
 def chosen(

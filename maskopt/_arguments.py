@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from . import _copies, _provenance, _tree
 from ._errors import Problem, describe, fail, show
@@ -26,6 +27,8 @@ def is_transform(x: Any) -> bool:
 def check_transform(x: Any, where: str, remedy: str) -> None:
   """Raise unless x is a transformation."""
   if not is_transform(x):
+    if isinstance(x, nnx.Optimizer):
+      remedy = "Of an nnx optimizer that is its .tx, and the state is its .opt_state."
     fail(where, [Problem("", "an Optax transformation", describe(x), TypeError)], remedy)
 
 

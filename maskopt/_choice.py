@@ -192,6 +192,18 @@ def densest_elements() -> float:
   return _LIMITS.get(jax.default_backend(), _LIMITS["gpu"]).elements
 
 
+def index_for_memory(layout: Layout) -> int | None:
+  """Bytes of the index with which `prefer="memory"` packs a Dense leaf; None if it does not."""
+  limits = _LIMITS["cpu"]  # no limit counts, save that of 32 bits
+  if len(layout.blocks) == 1:
+    packed, index = block(layout.blocks[0], layout.shape, layout.dtype)
+    fits = _block_limit(packed, limits) is not None
+    return sum(x.nbytes for x in jax.tree.leaves(index)) if fits else None
+  count = layout.count or 0
+  pays = _elements_pay(count / max(layout.size, 1), layout.size, limits, "memory")
+  return 4 * count if pays else None
+
+
 def _elements_pay(share: float, size: int, limits: Limits, prefer: Prefer) -> bool:
   if size > _INT32:
     return False

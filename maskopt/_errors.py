@@ -36,4 +36,7 @@ def describe(value: object) -> str:
   shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
   if shape is not None and dtype is not None:
     return f"{dtype} of shape {tuple(shape)}"
-  return f"{type(value).__name__} {value!r}"[:80]
+  name, text = type(value).__name__, repr(value)
+  if "\n" in text:  # a module or a state, drawn over many lines
+    return name
+  return (text if text.startswith(name) else f"{name} {text}")[:80]

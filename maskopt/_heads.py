@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._complaints import Complaint
+from ._sides import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Leaf:
     value: the parameter, concrete or abstract.
     shape: its shape.
     siblings: the shapes of the parameters of the same layer, its own among them.
-    out_first: whether kernels of this layer are (out, in), as Equinox writes them.
+    side: where the output units of its layer are.
   """
 
   value: Any
   shape: tuple[int, ...]
   siblings: tuple[tuple[int, ...], ...]
-  out_first: bool = False
+  side: Side = Side()
 
 
 def head_axis(leaf: Leaf, n: int, axis: int | None) -> int | None:
@@ -41,7 +42,7 @@ def head_axis(leaf: Leaf, n: int, axis: int | None) -> int | None:
     return _own_axis(leaf.shape, leaf.siblings, n, axis)
   of_kernel = _own_axis(kernel, leaf.siblings, n, axis)
   rank = len(leaf.shape)
-  if leaf.out_first:
+  if leaf.side.out_first:
     found, matching = of_kernel, kernel[:rank]
   else:
     found, matching = of_kernel - (len(kernel) - rank), kernel[len(kernel) - rank :]

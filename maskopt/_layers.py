@@ -72,22 +72,6 @@ def owner(layers: Sequence[str], path: str, source: Any) -> int | None:
   return max(found, key=lambda k: len(layers[k]), default=None)
 
 
-def out_first(source: Any) -> set[str]:
-  """The paths of Equinox layers, whose kernels are (out, in) and not (in, out)."""
-  kinds = ("equinox.nn._linear", "equinox.nn._conv", "equinox.nn._rnn")
-  found: set[str] = set()
-  for keys, node in jax.tree_util.tree_flatten_with_path(
-    source, is_leaf=lambda x: _made_by(x, kinds)
-  )[0]:
-    if _made_by(node, kinds):
-      found.add(_tree.path_of(keys))
-  return found
-
-
-def _made_by(x: Any, modules: tuple[str, ...]) -> bool:
-  return any(c.__module__ in modules for c in type(x).__mro__)
-
-
 def numbered(layers: Sequence[str]) -> str:
   """The layers as errors list them."""
   return listing([f"{k} {name or 'the whole tree'}" for k, name in enumerate(layers)])

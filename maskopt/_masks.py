@@ -21,12 +21,14 @@ from flax import nnx
 from jax.core import Tracer
 
 from . import _traced, _tree
+from ._complaints import Complaint, check_takes
 from ._errors import Problem, describe, fail, show
 from ._traced import Traced
 
 FreezeMask = chex.ArrayTree | Callable[[Any], chex.ArrayTree]
 
 _BUILD = "Build the mask with maskopt.build_mask."
+_OF_PATH = "A function of (path, leaf) is a rule: maskopt.build_mask(params, [(function, True)])."
 _COUNT = "a count of trainable elements"
 _REMEDIES = {
   "a freeze mask": _BUILD,
@@ -95,7 +97,17 @@ def flatten(freeze_mask: Any) -> _tree.Flat:
 
 def evaluate(freeze_mask: FreezeMask, params: Any) -> Any:
   """The mask itself, calling it with the parameters if it is a function of them."""
-  return freeze_mask(_tree.parameters(params)) if is_function(freeze_mask) else freeze_mask
+  if not is_function(freeze_mask):
+    return freeze_mask
+  try:
+    check_takes(freeze_mask, ("params",), _OF_PATH)
+  except Complaint as c:
+    fail(
+      "maskopt: a freeze mask that is a function",
+      [Problem("", c.expected, c.got, c.kind)],
+      c.remedy,
+    )
+  return freeze_mask(_tree.parameters(params))
 
 
 def resolve(freeze_mask: FreezeMask, params: Any, where: str) -> list[LeafMask]:
@@ -206,6 +218,8 @@ def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
     return "Write one of them, or give an optimizer for the label (None freezes)."
   if all(p.expected.startswith(_COUNT) for p in problems):
     return "Give maskopt.runtime the count of trainable elements."
+  if what == "a freeze mask" and any(p.got.startswith("str ") for p in problems):
+    return f"{build} Labels of several optimizers are for maskopt.partition."
   known = set(flat.paths)
   if any(p.expected == "a parameter" and known & set(_tree.ancestors(p.path)) for p in problems):
     return "A list or dict is a tree of its own: write np.array([...]) for the elements of a leaf."
@@ -216,7 +230,7 @@ def _remedy(problems: list[Problem], flat: _tree.Flat, what: str) -> str:
 
 
 def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None:
-  """Raise if an integer leaf trains or one array stands at two paths."""
+  """Raise if an integer leaf or linen's statistics train, or one array stands at two paths."""
   problems, shared, seen = [], [], {}
   for path, leaf, mask in zip(flat.paths, flat.leaves, masks, strict=True):
     if mask is None:
@@ -229,6 +243,14 @@ def check_trainable(flat: _tree.Flat, masks: list[LeafMask], where: str) -> None
       if other != path:
         shared.append(Problem(path, "an array of its own", f"the one that is at {show(other)}"))
   remedies = ["Freeze what is not float or complex, integer leaves say."] * bool(problems)
+  statistics = [
+    Problem(path, "statistics that are frozen", "some that would train")
+    for path, mask in zip(flat.paths, masks, strict=True)
+    if mask is not None and path.startswith("batch_stats/") and not _all_frozen(mask)
+  ]
+  if statistics and any(path.startswith("params/") for path in flat.paths):
+    problems += statistics
+    remedies.append("Give variables['params'], or freeze batch_stats, which the forward pass sets.")
   remedies += ["Keep a shared array at one path, or copy it: jnp.array(x)."] * bool(shared)
   if remedies:
     fail(where, problems + shared, " ".join(remedies))

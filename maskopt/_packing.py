@@ -69,8 +69,13 @@ class Layouts:
 
   def tree_flatten_with_keys(self):
     named = [(i, d) for i, d in enumerate(self.index) if d]
-    children = [(jax.tree_util.DictKey(self.static.paths[i] or "root"), d) for i, d in named]
+    children = [(jax.tree_util.DictKey(self._name(i)), d) for i, d in named]
     return children, (self.static, tuple(i for i, _ in named))
+
+  def _name(self, i: int) -> str:
+    """The path, and a name of the static mask: a checkpoint of another mask has none of these."""
+    path, layout = self.static.paths[i] or "root", self.static.layouts[i]
+    return f"{path}@{layout.digest[:8]}" if layout and layout.digest else path
 
   def tree_flatten(self):
     children, aux = self.tree_flatten_with_keys()
@@ -127,16 +132,14 @@ class Layouts:
     return flat
 
   def take(self, tree: Any, where: str) -> Any:
-    """The inner optimizer's view: packed values in the tree's containers, MaskedNode where frozen.
+    """The inner optimizer's view: packed values in the tree's containers, MaskedNode elsewhere.
 
     A leaf that was made from packed values gives them back; nothing dense is read.
     """
     flat = self.flat(tree, where)
     taken = []
     for leaf, layout, index in zip(flat.leaves, self.static.layouts, self.index, strict=True):
-      if layout is None:
-        taken.append(leaf)
-      elif isinstance(layout, Frozen):
+      if layout is None or isinstance(layout, Frozen):
         taken.append(optax.MaskedNode())
       elif is_packed(leaf):
         taken.append(_repacked(leaf, layout, index))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import filterlib
 
-from . import _layers, _ties, _traced, _tree
+from . import _layers, _sides, _ties, _traced, _tree
 from ._complaints import Complaint, check_takes, listing
 from ._errors import describe, show as show_path
 
@@ -47,6 +47,11 @@ class Subject:
   @functools.cached_property
   def layers(self) -> list[str]:
     return _layers.layer_paths(self.source, self._layers)
+
+  @functools.cached_property
+  def sides(self) -> dict[str, _sides.Side]:
+    """Where output units are; of a bare tree, as `layers` knows it if that is a module."""
+    return _sides.sides(self.source) or _sides.sides(self._layers)
 
   @functools.cached_property
   def paths(self) -> dict[int, tuple[str, ...]]:
@@ -105,6 +110,8 @@ def show(pattern: Any) -> str:
   if isinstance(pattern, slice):
     parts = ["" if x is None else str(x) for x in (pattern.start, pattern.stop, pattern.step)]
     return "layers[" + ":".join(parts[: 2 if pattern.step is None else 3]) + "]"
+  if _is_module(pattern):
+    return type(pattern).__name__
   return getattr(pattern, "__qualname__", None) or repr(pattern)[:80]
 
 
@@ -125,6 +132,10 @@ def matches(pattern: Any, subject: Subject) -> list[int]:
     return _of_layers(pattern, subject)
   elif isinstance(pattern, (type, *_FILTERS)):
     found = _of_filter(pattern, subject)
+  elif _is_module(pattern):
+    raise Complaint(
+      _KINDS, f"the module {type(pattern).__name__}", _where_is(pattern, subject), TypeError
+    )
   elif callable(pattern):
     check_takes(pattern, ("path", "leaf"), "As pattern it returns True for what the rule names.")
     found = subject.select(functools.partial(_asked, pattern))
@@ -137,6 +148,23 @@ def matches(pattern: Any, subject: Subject) -> list[int]:
     expected = "a pattern that names a parameter"
     raise Complaint(expected, _nothing(pattern, subject), _advice(pattern, subject))
   return found
+
+
+def _is_module(pattern: Any) -> bool:
+  """Whether a pattern is a module, which is callable too and no function of (path, leaf)."""
+  return isinstance(pattern, nnx.Module) or (
+    callable(pattern) and not jax.tree_util.all_leaves([pattern])
+  )
+
+
+def _where_is(module: Any, subject: Subject) -> str:
+  """How to name a module: its path, if it is part of the subject."""
+  source = subject.source
+  if isinstance(source, nnx.Module) and source is not module:
+    for parts, x in nnx.iter_graph(source):
+      if x is module:
+        return f'Write its path: "{"/".join(map(str, parts))}".'
+  return "Write the module's path as a string."
 
 
 def glob(pattern: str) -> re.Pattern[str]:

@@ -9,12 +9,13 @@ from typing import Any
 import chex
 import numpy as np
 
-from . import _layers, _patterns, _tree
+from . import _patterns, _tree
 from ._complaints import Complaint, Complaints, listing
 from ._errors import Problem, describe, fail, show
 from ._heads import Leaf
 from ._patterns import Subject
-from ._selectors import factor, frozen
+from ._selectors import bare_index, factor, frozen
+from ._sides import Side
 
 Rules = Sequence[tuple[Any, Any]] | Mapping[Any, Any]
 
@@ -119,6 +120,7 @@ def _build(
   complaints = Complaints()
   chosen = _first_matches(pairs, subject, complaints)
   leaves = _leaves(subject)
+  _check_indices(pairs, chosen, subject, complaints)
   results: list[Any] = [x if _tree.is_opaque(x) else None for x in subject.flat.leaves]
   for k in subject.live:
     rule = chosen.get(k)
@@ -184,6 +186,24 @@ def _shadowed(by: list[int], count: int, pairs: list[tuple[Any, Any]]) -> Compla
   return Complaint("a parameter left for this rule", got, remedy)
 
 
+def _check_indices(
+  pairs: list[tuple[Any, Any]], chosen: dict[int, int], subject: Subject, complaints: Complaints
+) -> None:
+  """A bare index counts along the first axis, which is no more the same where ranks differ."""
+  for k, (_, value) in enumerate(pairs):
+    named = [leaf for leaf, rule in chosen.items() if rule == k]
+    ranks = {np.ndim(subject.flat.leaves[leaf]): leaf for leaf in named}
+    if len(ranks) > 1 and (index := bare_index(value)) is not None:
+      shapes = [
+        f"{tuple(np.shape(subject.flat.leaves[leaf]))} at {show(subject.flat.paths[leaf])}"
+        for leaf in ranks.values()
+      ]
+      got = f"{describe(index)} for {' and '.join(shapes)}"
+      expected = "parameters of one rank, for an index of their first axis"
+      remedy = "For output units write maskopt.units(...), else a rule for each rank."
+      complaints.add(_name(k, pairs), Complaint(expected, got, remedy))
+
+
 def _leaves(subject: Subject) -> dict[int, Leaf]:
   """What rule values see of each parameter."""
   paths, shapes = subject.flat.paths, {}
@@ -192,13 +212,13 @@ def _leaves(subject: Subject) -> dict[int, Leaf]:
   beside: dict[str, list[tuple[int, ...]]] = {}
   for k in subject.live:
     beside.setdefault(paths[k].rpartition("/")[0], []).append(shapes[k])
-  out_first = _layers.out_first(subject.source)
+  sides = subject.sides
   return {
     k: Leaf(
       subject.flat.leaves[k],
       shapes[k],
       tuple(beside[paths[k].rpartition("/")[0]]),
-      any(a in out_first for a in _tree.ancestors(paths[k])),
+      next((sides[a] for a in _tree.ancestors(paths[k]) if a in sides), Side()),
     )
     for k in subject.live
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -69,6 +70,13 @@ class Schedule(Changing):
 
   def __call__(self, params: Any) -> Any:
     """The mask of step 0: what a static schedule is when it is given as a freeze mask."""
+    if self.mode == "static" and len(self.starts) > 1:
+      warnings.warn(
+        "maskopt.unfreeze_schedule(mode='static'): given as a freeze mask it is the mask of step 0 "
+        "and never changes. Give schedule.at(step), anew where schedule.changes(step), and migrate "
+        "the state; or make it mode='runtime'.",
+        stacklevel=2,
+      )
     return _masks.evaluate(self.at(0), params)
 
   def scale_by_cosine(self) -> optax.GradientTransformationExtraArgs:
@@ -218,7 +226,7 @@ def unfreeze_schedule(
     seed: of the random order.
   Returns:
     A `Schedule`: `at(step)`, `stage(step)`, `changes(step)`; usable as `freeze_mask`, where a
-    static one is the mask of step 0.
+    static one is the mask of step 0, and warns.
   Raises:
     ValueError: no form or several, boundaries that do not ascend from 0, numbers out of range.
     TypeError: a function of the step in static mode.

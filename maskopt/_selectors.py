@@ -77,8 +77,12 @@ def units(idx: int | slice | Sequence[int] | np.ndarray) -> Units:
     frozen[..., j] = j in idx
 
   Units are the last axis of a parameter: of a kernel (in, out) or (h, w, in, out), a bias (out,), a
-  scale (out,), an embedding (vocabulary, out), an attention kernel (in, heads, head_dim). In the
-  linear, convolution and recurrent layers of Equinox they are the first axis: (out, in).
+  scale (out,), an embedding (vocabulary, out), an attention kernel (in, heads, head_dim).
+
+  A module, given as the parameters or as `layers=`, tells of more. The linear, convolution and
+  recurrent layers of Equinox are (out, in), `nnx.ConvTranspose(transpose_kernel=True)` is (h, w,
+  out, in), and where the gates of a cell lie side by side (`nnx.OptimizedLSTMCell`, `nnx.GRUCell`,
+  the cells of Equinox) a unit is that of every gate. In a bare tree it is a place on the last axis.
 
   Args:
     idx: an int, ints, a slice, or a bool array with one element per unit; negative ints count from
@@ -192,7 +196,7 @@ def frozen(value: Any, leaf: Leaf) -> Any:
       return Runtime(~mask.mask, None if mask.count is None else size - mask.count)
     return not mask if isinstance(mask, bool) else ~mask
   if isinstance(value, Units):
-    return _along(_unit_axis(leaf), leaf, lambda n: chosen(value.idx.within(n, "units"), n))
+    return _units(value, leaf)
   if isinstance(value, Heads):
     return _heads(value, leaf)
   if isinstance(value, Runtime):
@@ -211,6 +215,15 @@ def frozen(value: Any, leaf: Leaf) -> Any:
     raise Complaint("what to freeze", f"a tree ({type(value).__name__})", _TREE, TypeError)
   remedy = _VALUES if value is not None else "Write True to freeze. " + _VALUES
   raise Complaint("what to freeze", describe(value), remedy, TypeError)
+
+
+def bare_index(value: Any) -> Any:
+  """The index in a rule value that counts along the first axis alone, if there is one."""
+  if isinstance(value, TrainOnly):
+    return bare_index(value.value)
+  is_ints = isinstance(value, (np.ndarray, jax.Array)) and value.dtype != np.bool_
+  is_index = isinstance(value, (int, np.integer, slice, list, range)) or is_ints
+  return value if is_index and not isinstance(value, bool) else None
 
 
 def broadcastable(array: Any, shape: tuple[int, ...], kind: str) -> Any:
@@ -247,10 +260,16 @@ def _along(axis: int, leaf: Leaf, keep: Any) -> Any:
   return _compact(keep(leaf.shape[axis]).reshape(shape))
 
 
-def _unit_axis(leaf: Leaf) -> int:
+def _units(value: Units, leaf: Leaf) -> Any:
   if not leaf.shape:
     raise Complaint("a parameter with units", "a scalar", FITS)
-  return 0 if leaf.out_first else len(leaf.shape) - 1
+
+  def keep(n: int) -> np.ndarray:
+    gates = leaf.side.gates(n)
+    of_one = chosen(value.idx.within(n // gates, "units"), n // gates)
+    return of_one if of_one.size == 1 else np.tile(of_one, gates)
+
+  return _along(leaf.side.axis_of(len(leaf.shape)), leaf, keep)
 
 
 def _heads(value: Heads, leaf: Leaf) -> Any:

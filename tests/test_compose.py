@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
@@ -703,3 +704,22 @@ def test_blocks_show_leaf_coupled_optimizers_a_real_matrix():
   inner = contrib.muon(0.1)
   expected, _ = inner.update(sub, inner.init(sub), sub)
   np.testing.assert_allclose(updates["w"][~rows[:, 0]], expected["w"], rtol=1e-4, atol=1e-6)
+
+
+def test_equinox_models_with_functions_among_their_leaves_train():
+  """As `eqx.nn.MLP` has its activations: no optimizer is asked for a moment of these."""
+  model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+  mask = maskopt.build_mask(model, [("layers/0", maskopt.units([0, 5]))])
+  tx = maskopt.selective_transform(optax.adamw(0.1), freeze_mask=mask)
+  before, state = maskopt.snapshot(model), tx.init(model)
+
+  @eqx.filter_jit
+  def step(model, state):
+    grads = eqx.filter_grad(lambda m: jnp.sum(jax.vmap(m)(jnp.ones((4, 3)))))(model)
+    updates, state = tx.update(grads, state, model)
+    return maskopt.apply_updates(model, updates), state
+
+  for _ in range(3):
+    model, state = step(model, state)
+  report = maskopt.audit(before, model, mask)
+  assert report.ok and report.moved > 0 and callable(model.activation)

@@ -293,6 +293,28 @@ def test_states_survive_pickle_and_deepcopy(clone):
   assert reference.same_bits(tx.update(W, again, W)[0], tx.update(W, state, W)[0])
 
 
+@pytest.mark.parametrize("kind", ["block", "rows", "elements", "dense"])
+def test_orbax_restores_no_state_of_another_mask(tmp_path, kind):
+  """Both masks train as much, so that every array has the shape that is asked for."""
+  checkpoint = pytest.importorskip("orbax.checkpoint")
+  frozen = {
+    "block": np.arange(6) < 3,
+    "rows": (np.arange(4) % 2 > 0)[:, None],
+    "elements": np.random.default_rng(0).permutation(24).reshape(4, 6) < 12,
+    "dense": np.random.default_rng(0).permutation(24).reshape(4, 6) < 2,
+  }[kind]
+  params = {"w": jnp.ones((4, 6))}
+  one, other = (
+    maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": m}, prefer="memory")
+    for m in (frozen, np.flip(frozen))
+  )
+  with checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", one.init(params))
+    checkpointer.wait_until_finished()
+    with pytest.raises(ValueError, match=r"(?s)w@.*Source: MISSING"):
+      checkpointer.restore(tmp_path / "state", other.init(params))
+
+
 def test_states_survive_flax_serialization():
   mask = {"w": np.array([[True, False, True], [False, True, True]])}
   tx = maskopt.selective_transform(

@@ -337,3 +337,35 @@ def test_masks_survive_pickle_and_deepcopy(clone):
 
 def _everything(params):
   return jax.tree.map(lambda _: True, params)
+
+
+def test_a_function_of_path_and_leaf_is_a_rule():
+  message = (
+    r"a function of \(params\), got one of \(path, leaf\)\. .* is a rule: maskopt\.build_mask"
+  )
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask=lambda path, leaf: True)
+  with pytest.raises(TypeError, match=message):
+    tx.init({"w": jnp.ones(3)})
+
+
+def test_labels_belong_to_a_partition():
+  tx = maskopt.selective_transform(optax.sgd(0.1), freeze_mask={"w": "frozen"})
+  with pytest.raises(TypeError, match="got str 'frozen'.*Labels .* are for maskopt.partition"):
+    tx.init({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("frozen", [True, False, np.array([True, False, True])])
+def test_linen_statistics_do_not_train(frozen):
+  variables = {"params": {"w": jnp.ones(3)}, "batch_stats": {"bn": {"mean": jnp.ones(3)}}}
+  tx = maskopt.selective_transform(
+    optax.adamw(0.1), freeze_mask={"params": False, "batch_stats": {"bn": {"mean": frozen}}}
+  )
+  if frozen is True:
+    tx.init(variables)
+  else:
+    message = r"at batch_stats/bn/mean, expected statistics that are frozen.*variables\['params'\]"
+    with pytest.raises(ValueError, match=message):
+      tx.init(variables)
+  # The name alone means nothing.
+  alone = {"batch_stats": {"w": jnp.ones(3)}}
+  maskopt.selective_transform(optax.adamw(0.1), freeze_mask=False).init(alone)

@@ -245,13 +245,26 @@ def test_compiled_step_costs_what_the_plain_path_does():
 
 def test_nothing_frozen_is_the_library_own_optimizer():
   ours, theirs = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
-  a = maskopt.nnx.Optimizer(ours, optax.adamw(0.1))
+  a = maskopt.nnx.Optimizer(ours, optax.adamw(0.1), False)
   b = nnx.Optimizer(theirs, optax.adamw(0.1), wrt=nnx.Param)
   for _ in range(2):
     a.update(ours, nnx.grad(loss)(ours))
     b.update(theirs, nnx.grad(loss)(theirs))
   for path, x in arrays(theirs).items():
     assert same_bits(arrays(ours)[path], x).all()
+
+
+def test_an_optimizer_that_freezes_nothing_says_so_unless_it_is_told_to():
+  with pytest.warns(UserWarning, match="nothing is frozen, .* freeze_mask=False to train everyth"):
+    maskopt.nnx.Optimizer(Net(nnx.Rngs(0)), optax.sgd(0.1))
+  with pytest.raises(TypeError, match="got the type Param. A filter of variables is for wrt=Param"):
+    maskopt.nnx.Optimizer(Net(nnx.Rngs(0)), optax.sgd(0.1), nnx.Param)
+
+
+def test_migrate_tells_where_an_optimizer_has_its_transform():
+  optimizer = maskopt.nnx.Optimizer(Net(nnx.Rngs(0)), optax.sgd(0.1), MASK)
+  with pytest.raises(TypeError, match="got Optimizer. Of an nnx optimizer that is its .tx"):
+    maskopt.migrate(optimizer.opt_state, Net(nnx.Rngs(0)), to=optimizer)
 
 
 def test_state_splits_merges_and_restores():

@@ -210,3 +210,10 @@ def test_errors_name_argument_and_module():
     maskopt.nnx.grad(lambda a, b: a(X).sum(), (True,), argnums=(0, 1))(model, model)
   with pytest.raises(ValueError, match="`maskopt.nnx.grad.*at third, expected a parameter"):
     maskopt.nnx.grad(loss, {"first": True, "norm": True, "second": True, "third": True})(model)
+
+
+def test_mask_and_loss_in_the_wrong_order():
+  model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  for mask in ({"kernel": True}, nnx.state(model)):
+    with pytest.raises(TypeError, match="expected a function .* the mask comes second"):
+      maskopt.nnx.grad(mask, lambda m: m(jnp.ones((1, 2))).sum())

@@ -152,7 +152,9 @@ def test_layers_with_a_wrong_mask():
 
 def test_trainable_state_is_what_update_puts_back():
   model = Net(nnx.Rngs(0))
-  mask = maskopt.build_mask(model, [("a_head/bias", False), ("body/10", np.s_[0]), (..., True)])
+  mask = maskopt.build_mask(
+    model, [("a_head/bias", False), ("body/10", maskopt.train_only(maskopt.units(0))), (..., True)]
+  )
   state = maskopt.nnx.trainable_state(model, mask)
   paths = ["/".join(map(str, p)) for p, _ in nnx.to_flat_state(state)]
   assert paths == ["a_head/bias", "body/10/bias", "body/10/kernel"]

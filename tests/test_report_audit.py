@@ -422,3 +422,26 @@ def test_an_audit_shows_itself_in_every_form():
     maskopt.audit(make(), make(), MASK)
   )
   assert max(map(len, str(report).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+  "before", [lambda m: m, lambda m: nnx.state(m, nnx.Param), lambda m: nnx.split(m)[1]]
+)
+def test_a_module_is_not_compared_with_itself(before):
+  """Its variables are updated in place, so both sides would be what came of it."""
+  model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  leaks = [maskopt.masked_freeze({"kernel": True, "bias": False}), optax.add_decayed_weights(0.1)]
+  optimizer = nnx.Optimizer(model, optax.chain(*leaks, optax.sgd(0.1)), wrt=nnx.Param)
+  first, copied = before(model), maskopt.snapshot(model)
+  optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model))
+  mask = {"kernel": True, "bias": False}
+  with pytest.raises(ValueError, match=r"got the same variable\. .* maskopt\.snapshot\(model\)"):
+    maskopt.audit(first, model, mask)
+  assert not maskopt.audit(copied, model, mask).ok
+
+
+def test_models_that_share_some_variables_are_compared():
+  body = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  old, new = (nnx.Dict(body=body, head=nnx.Linear(3, 1, rngs=nnx.Rngs(k))) for k in (1, 2))
+  report = maskopt.audit(old, new, {"body": True, "head": False})
+  assert report.ok and report.moved == 3

@@ -502,3 +502,41 @@ def test_without_a_mask_those_that_modules_carry_are_shown():
   report = maskopt.summary(model)
   assert report == maskopt.summary(model, maskopt.nnx.freeze_mask(model))
   assert report.frozen == 2 and "first/kernel is frozen and bias trains: unit 0" in str(report)
+
+
+@pytest.mark.parametrize("kind", ["scattered", "many", "columns", "block", "rows"])
+def test_what_memory_would_hold_is_what_it_holds(kind):
+  rng, shape = np.random.default_rng(0), (64, 48)
+  mask = {
+    "scattered": rng.random(shape) < 0.9,
+    "many": rng.random(shape) < 0.1,
+    "columns": np.arange(48) % 3 > 0,
+    "block": np.arange(64)[:, None] > 20,
+    "rows": np.arange(64)[:, None] % 3 > 0,
+  }[kind]
+  params = {"w": jnp.ones(shape)}
+  report = maskopt.summary(params, {"w": mask})
+  held = {
+    prefer: sum(
+      x.nbytes
+      for x in jax.tree.leaves(
+        maskopt.selective_transform(optax.adam(0.1), freeze_mask={"w": mask}, prefer=prefer).init(
+          params
+        )
+      )
+    )
+    - 4  # the count
+    for prefer in ("time", "memory")
+  }
+  assert (report.optimizer_bytes, report.memory_bytes) == (held["time"], held["memory"])
+  assert ('with prefer="memory":' in str(report)) == (held["memory"] < 0.9 * held["time"])
+
+
+def test_masks_that_are_data_are_marked_and_what_they_cost_is_told():
+  params = {"a": jnp.ones(9), "b": jnp.ones(9)}
+  mask = jnp.arange(9) > 2
+  report = maskopt.summary(params, {"a": mask, "b": maskopt.runtime(mask, count=3)})
+  assert [(r.layout, r.runtime) for r in report.rows] == [("Dense", True), ("Elements", True)]
+  assert "Dense (runtime)" in str(report) and "Elements (runtime)" in str(report)
+  assert "! a: a mask that is a jax.Array may change at every step" in str(report)
+  assert "prefer=" not in str(report)

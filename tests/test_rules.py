@@ -932,3 +932,24 @@ def test_multipliers_scale_updates_and_none_freezes_against_infinity():
   )
   after = maskopt.apply_updates(params, updates)
   assert functools.reduce(operator.add, (after[k].tolist() for k in after)) == [1.0, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("value", [1, [0, 2], slice(3), range(2), np.array([0, 2])])
+@pytest.mark.parametrize("wrap", [lambda v: v, maskopt.train_only])
+def test_a_bare_index_is_no_value_for_parameters_of_several_ranks(value, wrap):
+  """Row 1 of a kernel and entry 1 of its bias have nothing to do with each other."""
+  params = {"a": {"kernel": array(8, 6), "bias": array(6)}, "b": array(6)}
+  message = r"rules\[0\] 'a', expected parameters of one rank, .* \(6,\) at a/bias .*maskopt\.units"
+  with pytest.raises(ValueError, match=message):
+    maskopt.build_mask(params, [("a", wrap(value))])
+  maskopt.build_mask(params, [("a/kernel", wrap(value)), ("**/b*", wrap(value))])
+
+
+def test_a_module_is_no_pattern_and_its_path_is_told():
+  model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
+  message = r'rules\[0\] Linear, .*got the module Linear\. Write its path: "layers/1"'
+  with pytest.raises(TypeError, match=message):
+    maskopt.build_mask(model, [(model.layers[1], True)])
+  linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+  with pytest.raises(TypeError, match="got the module Linear. Write the module's path as a string"):
+    maskopt.build_mask(linear, [(linear, True)])

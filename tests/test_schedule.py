@@ -525,9 +525,11 @@ def test_schedules_survive_pickle():
   assert schedule.changes(2) and "starts=(0, 2, 4, 6, 8, 10, ...)" in repr(schedule)
 
 
-def test_a_static_schedule_is_the_mask_of_step_0():
+def test_a_static_schedule_is_the_mask_of_step_0_and_says_so():
   schedule = maskopt.unfreeze_schedule(**FORMS["top_first"])
-  state = maskopt.selective_transform(ADAM, freeze_mask=schedule).init(params())
+  message = r"mask of step 0 and never changes\. Give schedule\.at\(step\)"
+  with pytest.warns(UserWarning, match=message):
+    state = maskopt.selective_transform(ADAM, freeze_mask=schedule).init(params())
   assert maskopt.mask_of(state).freeze_mask["layer0"] == {"kernel": True, "bias": True}
 
 

@@ -27,7 +27,8 @@ class _MainByDefault(TyperGroup):
 
 app = typer.Typer(
   cls=_MainByDefault,
-  help="Run a demonstration on real data; without a name, `digits`.",
+  help="Run a demonstration on real data. Without a name it is `digits`: `maskopt demo --steps 60 "
+  "--seed 1 --out DIRECTORY --json`. Each tells its options: `maskopt demo digits --help`.",
   rich_markup_mode="markdown",
 )
 # The name of a demonstration is its function's, with hyphens.

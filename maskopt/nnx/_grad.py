@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from .. import _grad
+from .. import _argnums, _grad
 from .._errors import Problem, fail
 from . import _carried
 
@@ -65,6 +65,7 @@ def value_and_grad(
     >>> g["bias"][...].tolist()
     [0.0, 3.0]
   """
+  _argnums.check_function(fun, "maskopt.nnx.grad(fun, ...)")
   numbers = _numbers(argnums)
   several = not isinstance(argnums, (int, nnx.DiffState))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -82,6 +83,7 @@ class Optimizer(nnx.Optimizer[M]):
     master_dtype: Any = None,
     graph: bool | None = None,
   ):
+    _refuse_filter(freeze_mask)
     params = nnx.state(model, wrt, graph=graph)
     if not jax.tree.leaves(params):
       kinds = ", ".join(sorted(set(_ties.kinds(model).values()))) or "no variables"
@@ -105,6 +107,13 @@ class Optimizer(nnx.Optimizer[M]):
 
     wrapped = optax.GradientTransformationExtraArgs(init, selective.update)
     super().__init__(model, wrapped, wrt=wrt, graph=graph)
+    whole = freeze_mask is None and wrt is nnx.Param
+    if whole and all(x is False for x in jax.tree.leaves(mask)):
+      warnings.warn(
+        f"`{_WHERE}`: nothing is frozen, for no mask is given and no module carries one. Give it a "
+        "freeze mask, or freeze_mask=False to train everything.",
+        stacklevel=2,
+      )
 
   @property
   def opt_state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # read, written
@@ -179,6 +188,13 @@ class Optimizer(nnx.Optimizer[M]):
     ]
     remedy = "Differentiate with the optimizer's filter: argnums=nnx.DiffState(0, wrt)."
     fail(_UPDATE, problems, remedy)
+
+
+def _refuse_filter(freeze_mask: Any) -> None:
+  """Raise if the third argument is what `flax.nnx.Optimizer` takes there: a filter."""
+  if isinstance(freeze_mask, type):
+    problem = Problem("", "a freeze mask", f"the type {freeze_mask.__name__}", TypeError)
+    fail(_WHERE, [problem], f"A filter of variables is for wrt={freeze_mask.__name__}.")
 
 
 def _refuse_selective() -> NoReturn:

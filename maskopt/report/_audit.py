@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from flax import nnx
@@ -194,7 +195,7 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
     frozen. Costs one pass over the leaves on the host and a byte an element of the largest.
   Raises:
     ValueError: the trees differ in paths, shapes or dtypes, or the mask does not fit; lists every
-      leaf.
+      leaf. Or both sides are the same nnx variables, changed in place.
     TypeError: the mask is not boolean, or it is called inside `jit`.
   Example:
     >>> import jax.numpy as jnp, numpy as np, maskopt
@@ -211,6 +212,7 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
     ---------------------------------------
     ! w: 1 that changed: [0] 0.0 -> -0.0
   """
+  _refuse_same(before, after)
   source = next((x for x in (after, before) if isinstance(x, nnx.Module)), None)
   if source is not None:
     freeze_mask = _parts.under_own_names(freeze_mask, source, _WHERE)
@@ -223,6 +225,24 @@ def audit(before: Any, after: Any, freeze_mask: FreezeMask | Layouts, *, limit: 
   }
   leaves = [x._replace(path=_tree.join(k, x.path)) for k, a in audits.items() for x in a.leaves]
   return Audit(tuple(leaves))
+
+
+def _refuse_same(before: Any, after: Any) -> None:
+  """Raise if both sides are the same nnx variables, which a step updates in place."""
+  old, new = ({id(x): path for path, x in _variables(tree)} for tree in (before, after))
+  if old and old.keys() <= new.keys():
+    problem = Problem(next(iter(old.values())), "values from before the step", "the same variable")
+    remedy = "Steps change a module in place: take before = maskopt.snapshot(model) ahead of them."
+    fail("maskopt.audit(before, after, ...)", [problem], remedy)
+
+
+def _variables(tree: Any) -> list[tuple[str, nnx.Variable]]:
+  if isinstance(tree, nnx.Module):
+    tree = nnx.state(tree)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+  return [(_tree.path_of(keys), x) for keys, x in leaves if isinstance(x, nnx.Variable)]
 
 
 def _copy(snapshot: Snapshot, name: str) -> Snapshot:

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax import core
 
-from .. import _packing, _tree
+from .. import _choice, _packing, _tree
 from .._errors import Problem, fail
 from .._joint import Joined, Joint
-from .._layout import Block, Elements, Frozen, Full, Index, Layout, Slice
+from .._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from .._packing import Layouts
 from ._parts import refuse_traced
 
@@ -148,6 +148,14 @@ def packed_bytes(layout: Layout) -> int:
   """Bytes of one copy of the packed values, of all parts together."""
   held = layout.packed_shape
   return 0 if held is None else math.prod(held) * item_bytes(layout)
+
+
+def least_bytes(layout: Layout, held: int) -> int:
+  """What `prefer="memory"` holds of a leaf with a static mask, in place of `held` bytes."""
+  index = _choice.index_for_memory(layout) if isinstance(layout, Dense) else None
+  if index is None:
+    return held
+  return min(held, 2 * (layout.count or 0) * item_bytes(layout) + index)
 
 
 def item_bytes(layout: Layout) -> int:

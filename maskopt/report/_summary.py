@@ -12,7 +12,7 @@ from flax import nnx
 
 from .. import _carrying, _copies, _masks, _ties, _tree
 from .._errors import show
-from .._layout import Index, Layout
+from .._layout import Dense, Elements, Index, Layout
 from .._masks import FreezeMask
 from .._packing import Layouts
 from . import _elements, _live, _parts, _show, _slips
@@ -21,6 +21,8 @@ from ._show import Shown, Table
 from ._slips import Slip
 
 _SLIPS_SHOWN = 6
+# A tenth less memory is worth a line.
+_WORTH_SAYING = 0.9
 
 
 class Row(NamedTuple):
@@ -35,6 +37,8 @@ class Row(NamedTuple):
     layout: "Frozen", "Full", "Block", "Elements", "Dense" or "Joint" (of several optimizers).
     optimizer_bytes: two copies of the packed values and the layout's index arrays.
     dense_bytes: two copies of the leaf, as Adam without a mask would keep; 0 for integers.
+    memory_bytes: what `prefer="memory"` would hold in place of `optimizer_bytes`.
+    runtime: whether the mask is data, so that it may change without recompiling.
   """
 
   path: str
@@ -45,6 +49,8 @@ class Row(NamedTuple):
   layout: str
   optimizer_bytes: int
   dense_bytes: int
+  memory_bytes: int
+  runtime: bool
 
   @property
   def trainable(self) -> bool | Literal["partial"]:
@@ -102,6 +108,11 @@ class Summary(Shown):
     """Bytes of Adam's moments without a mask."""
     return sum(row.dense_bytes for row in self.rows)
 
+  @property
+  def memory_bytes(self) -> int:
+    """What `selective_transform(..., prefer="memory")` would hold in place of `optimizer_bytes`."""
+    return sum(row.memory_bytes for row in self.rows)
+
   def _table(self) -> Table:
     slipped = {path for slip in self.slips for path in (slip.frozen, slip.trains)}
     title = f"Summary: {_show.counted(len(self.rows), 'leaf')}".replace("leafs", "leaves")
@@ -124,6 +135,8 @@ class Summary(Shown):
       ("", f"  frozen: {self.frozen:,} ({frozen})"),
       ("", f"Adam's state: {_show.size(self.optimizer_bytes)}{self._saved()}"),
     ]
+    if self.memory_bytes < _WORTH_SAYING * self.optimizer_bytes:
+      notes.append(("", f'  with prefer="memory": {_show.size(self.memory_bytes)}'))
     if self.shared:
       same = [f"{alias} is {path}" for alias, path in self.shared]
       notes.append(("dim", f"Shared, counted once: {_show.listed(same)}"))
@@ -153,6 +166,12 @@ class Summary(Shown):
       )
       for path in self.live
     ]
+    if whole := [show(row.path) for row in self.rows if row.runtime and row.layout == "Dense"]:
+      what = (
+        "a mask that is a jax.Array may change at every step, so all has state; np.asarray(mask) "
+      )
+      what += "is fixed, maskopt.runtime(mask, count=...) says how many train"
+      notes.append(("warn", f"! {_show.listed(whole)}: {what}"))
     return notes
 
 
@@ -167,7 +186,7 @@ def _cells(row: Row, slipped: bool) -> tuple[str, ...]:
     f"{row.parameters:,}",
     f"{row.trainable}{' !' if slipped else ''}",
     _show.share(row.frozen, row.parameters),
-    row.layout,
+    row.layout + " (runtime)" * row.runtime,
     _show.size(row.optimizer_bytes),
   )
 
@@ -207,6 +226,7 @@ def summary(params: Any, freeze_mask: FreezeMask | Layouts | None = None) -> Sum
       trainable: 11 (73.3%)
       frozen: 4 (26.7%)
     Adam's state: 123 B, 102.5% of the 120 B without a mask
+      with prefer="memory": 96 B
     ! kernel is frozen and bias trains: unit 0
     >>> report.slips[0].units
     (0,)
@@ -254,7 +274,10 @@ def _row(path: str, layout: Layout, index: Index, leaf: Any) -> Row:
   dense = 2 * layout.size * _elements.item_bytes(layout) if _trains(leaf) else 0
   held = 2 * _elements.packed_bytes(layout) + _elements.index_bytes(index)
   frozen = _elements.frozen_count(layout, index)
-  return Row(path, layout.shape, str(dtype), layout.size, frozen, layout.kind, held, dense)
+  runtime = isinstance(layout, (Dense, Elements)) and not layout.digest
+  least = held if runtime else _elements.least_bytes(layout, held)
+  kind = layout.kind
+  return Row(path, layout.shape, str(dtype), layout.size, frozen, kind, held, dense, least, runtime)
 
 
 def _kinds(others: list[Other]) -> tuple[tuple[str, int, int], ...]:

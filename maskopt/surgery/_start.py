@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _layers, _tree
+from .. import _sides, _tree
 from .._errors import Problem
 from . import _model, _units
 from ._model import Model
@@ -80,8 +80,8 @@ def _usual_axis(path: str, rank: int, layer: str, model: Model) -> int:
     return 0
   if _ends(path, "query/kernel") and rank == 3:
     return 1
-  out_first = _layers.out_first(model.source)
-  return 0 if path.rpartition("/")[0] in out_first else -1
+  side = _sides.sides(model.source).get(path.rpartition("/")[0], _sides.Side())
+  return 0 if side.out_first else side.axis_of(rank) - rank
 
 
 def _is_embedding(source: Any, path: str) -> bool:
