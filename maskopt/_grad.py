@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _argnums, _choice, _journal, _packing, _provenance, _slicer, _tree
+from . import _argnums, _choice, _explicit, _journal, _packing, _provenance, _slicer, _tree
 from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
@@ -43,7 +43,7 @@ def value_and_grad(
   A drop-in for `jax.value_and_grad`, for any function. Wholly frozen leaves are not differentiated,
   so the backward pass stops at the lowest layer that trains; of a leaf that trains in blocks only
   the blocks are computed, and whatever below serves only the rest is not. Everything trainable is
-  JAX's own program.
+  JAX's own program, and so is a function that asks arrays for their values, as eager code may.
 
   Args:
     fun: a scalar function; its differentiated arguments are trees of arrays.
@@ -253,6 +253,15 @@ def computed(layout: Layout) -> str:
   return "elements" if _is_sampled(layout) else "whole"
 
 
+# What JAX raises where a function needs the value of an array that is traced.
+_CONCRETE = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+  jax.errors.NonConcreteBooleanIndexError,
+)
+
+
 def _evaluate(
   differentiated: Callable[..., Any], split: _Split
 ) -> tuple[Any, list[Any], _slicer.Plan | None]:
@@ -265,15 +274,21 @@ def _evaluate(
   def traced(trained: list[Any]) -> Any:
     value, gradients = differentiated(trained)
     leaves, treedef = jax.tree.flatten(value)
-    # Auxiliary data may hold what no traced program can return; it takes the way around.
-    arrays = [not _tree.is_hole(x) for x in leaves]
+    # Auxiliary data may hold what a traced program cannot return, or not as it is: only JAX's own
+    # arrays are part of the program, and the rest takes the way around.
+    arrays = [isinstance(x, jax.Array) for x in leaves]
     static[:] = [
       treedef,
       [None if is_array else x for x, is_array in zip(leaves, arrays, strict=True)],
     ]
     return [x for x, is_array in zip(leaves, arrays, strict=True) if is_array], gradients
 
-  closed = jax.make_jaxpr(traced)(split.trained)
+  try:
+    closed = jax.make_jaxpr(traced)(split.trained)
+  except _CONCRETE:
+    # Run eagerly, the function may ask data for its values; under a jit that fails once more here.
+    value, gradients = differentiated(split.trained)
+    return value, [_cut(g, d) for g, d in zip(gradients, demands, strict=True)], None
   treedef, others = static
   count = len(closed.out_avals) - len(demands)
   plan = _slicer.analyze(closed, [_slicer.ALL] * count + demands)
@@ -281,6 +296,16 @@ def _evaluate(
   values = iter(outputs[:count])
   value = treedef.unflatten([next(values) if x is None else x for x in others])
   return value, outputs[count:], plan
+
+
+def _cut(gradient: Any, demand: Any) -> Any:
+  """What is demanded of a gradient that was computed whole."""
+  if demand is _slicer.ALL:
+    return gradient
+  if isinstance(demand, _slicer.Sampled):
+    return gradient.reshape(-1)[demand.indices]
+  whole = _slicer.region(gradient.shape)
+  return tuple(_slicer.take(gradient, whole, r) for r in demand)
 
 
 def _note(
@@ -315,16 +340,18 @@ def _presented(
   full = values
   if not isinstance(layout, Dense):
     record = Record(layout, index, values)
-    full = _provenance.made_of.remember(_among_zeros(values, layout, index), record)
+    zeros = jnp.zeros_like(leaf, values.dtype)
+    full = _provenance.made_of.remember(_among_zeros(values, layout, index, zeros), record)
   whole = not layout.blocks and not sampled
   return _provenance.unmasked.remember(full, Record(layout, index, g)) if whole else full
 
 
-def _among_zeros(values: Any, layout: Layout, index: Index) -> Any:
-  """The full-shaped gradient."""
+def _among_zeros(values: Any, layout: Layout, index: Index, zeros: Any) -> Any:
+  """The full-shaped gradient, sharded as the leaf is."""
   if isinstance(layout, (Block, Slice)) and layout.blocks and _slicer.spread_pays(layout.shape):
-    return _slicer.spread(values, _regions(layout)[0], layout.shape)
-  return layout.put(values, jnp.zeros(layout.shape, values.dtype), index)
+    spread = _slicer.spread(values, _regions(layout)[0], layout.shape)
+    return _explicit.like(spread, zeros)
+  return layout.put(values, zeros, index)
 
 
 def _values(g: Any, layout: Layout, index: Index, sampled: bool) -> Any:
@@ -355,4 +382,4 @@ def _no_gradient(leaf: Any) -> Any:
   dtype = jnp.result_type(leaf)
   if not jnp.issubdtype(dtype, np.inexact):
     return np.zeros(np.shape(leaf), jax.dtypes.float0)
-  return jnp.zeros(np.shape(leaf), dtype)
+  return jnp.zeros_like(leaf, dtype)

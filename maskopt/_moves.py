@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
+from . import _explicit
 from ._bits import added, bits, from_bits
 
 Index = dict[str, Any]
@@ -51,21 +52,29 @@ class Move(Protocol):
 @functools.partial(jax.jit, static_argnums=0)
 def read(move: Move, index: Index, x: Any) -> Any:
   """The values of an array; reading keeps bits in every dtype."""
-  return move.read(index, x)
+  return move.read(index, _gathered(move, x))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def put(move: Move, index: Index, x: Any, values: Any) -> Any:
   """The array with its values replaced."""
-  return _written(move, False, index, x, values.astype(x.dtype))
+  old, values = _gathered(move, x), _gathered(move, values)
+  return _explicit.like(_written(move, False, index, old, values.astype(x.dtype)), x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def add(move: Move, index: Index, x: Any, values: Any) -> Any:
   """The array with something added to its values, as `added` does."""
-  if values.dtype == x.dtype and x.dtype in _SCATTERED:
-    return _written(move, True, index, x, values)
-  return _written(move, False, index, x, added(move.read(index, x), values))
+  old, values = _gathered(move, x), _gathered(move, values)
+  adds = values.dtype == x.dtype and x.dtype in _SCATTERED
+  if not adds:
+    values = added(move.read(index, old), values)
+  return _explicit.like(_written(move, adds, index, old, values), x)
+
+
+def _gathered(move: Move, x: Any) -> Any:
+  """What an Explicit mesh shards can be selected element by element, but not indexed."""
+  return x if isinstance(move, Whole) else _explicit.unsharded(x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -270,12 +279,19 @@ class Points:
 class Whole:
   """The whole array, with zeros where `index["frozen"]`, a mask that broadcasts to it."""
 
+  def _frozen(self, index: Index, x: Any) -> Any:
+    frozen = index["frozen"]
+    sharded = _explicit.spec_of(jax.typeof(x)) is not None
+    return _explicit.like(jnp.broadcast_to(frozen, x.shape), x) if sharded else frozen
+
   def read(self, index: Index, x: Any) -> Any:
     # A select and never a product: 0 * inf is NaN.
-    return jnp.where(index["frozen"], jnp.zeros_like(x), x)
+    return jnp.where(self._frozen(index, x), jnp.zeros_like(x), x)
 
   def write(self, combine: Combine, index: Index, x: Any, values: Any) -> Any:
-    return jnp.where(index["frozen"], x, combine(x, values))
+    x = _explicit.like(x, values)
+    values = _explicit.like(values, x)
+    return jnp.where(self._frozen(index, x), x, combine(x, values))
 
   def linear(self, adds: bool, index: Index, x: Any, values: Any) -> Any:
     return self.write(lax.add if adds else _replaced, index, x, values)

@@ -118,8 +118,13 @@ def _held_back(operands: list[list[Any]]) -> list[list[Any]]:
   return treedef.unflatten(out)
 
 
-def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step:
-  """Every branch computes the same regions; an operand is read as any branch needs it."""
+def cond(eqn: Equation, outs: Demands, planner: Planner) -> Step | None:
+  """Every branch computes the same regions; an operand is read as any branch needs it.
+
+  None for branches of which each is for a platform, and may not exist on another.
+  """
+  if eqn.params.get("branches_platforms") is not None:
+    return None
   branches = [opened(b) for b in eqn.params["branches"]]
   plans = [planner(jaxpr, outs) for jaxpr, _ in branches]
   reads: list[Demand] = []

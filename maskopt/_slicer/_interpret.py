@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from jax.extend import core, source_info_util
 
+from .. import _explicit
 from . import (
   _control,
   _region as rg,
@@ -38,13 +39,18 @@ from ._rule import (
   context_of,
   has_side_effects,
   is_literal,
+  out_shape,
   shape_of,
   whole,
 )
-from ._take import explicit_spec, take
+from ._take import take
 
 Demands: TypeAlias = tuple[Demand, ...]
 Stop: TypeAlias = tuple[str, str, str]  # primitive, reason, source line
+
+
+# What reads less than all of its operands even where all of its outputs, or all of one, is wanted.
+_READ_LESS = frozenset({"slice", "split", "unstack", "pad"})
 
 
 class Environment(dict[Any, Blocks]):
@@ -167,8 +173,8 @@ class Analysis:
     asked, outs = outs, _passable(eqn, outs)
     if outs != asked:
       stops[(eqn.primitive.name, _sampled.GATHERED, _line(eqn))] += 1
-    is_partial = any(not r.is_full for regions in outs for r in regions)
     name = eqn.primitive.name
+    is_partial = _reads_less(eqn) or any(not r.is_full for regions in outs for r in regions)
     if has_side_effects(eqn) and name not in _control.CALLS:
       return _whole(eqn)
     if name in _control.CALLS:
@@ -190,6 +196,10 @@ class Analysis:
     return step
 
 
+def _reads_less(eqn: Equation) -> bool:
+  return eqn.primitive.name in _READ_LESS and _explicit.spec_of(eqn.invars[0].aval) is None
+
+
 def _passable(eqn: Equation, outs: Demands) -> Demands:
   """The demands with picks widened where the equation has no rule to pass them on."""
   if not any(isinstance(r, Pick) for d in outs for r in d):
@@ -207,7 +217,7 @@ def _want(wanted: dict[Any, Demand], v: Any, regions: Demand) -> None:
   if not regions or is_literal(v):
     return
   shape, old = shape_of(v), wanted.get(v, ())
-  spec = explicit_spec(v.aval)
+  spec = _explicit.spec_of(v.aval)
   for r in regions:
     if spec is not None and isinstance(r, Pick):
       r = full(len(shape))
@@ -254,27 +264,34 @@ def _by_rule(eqn: Equation, outs: Demands) -> Step:
     return _rules_multi.MULTI[name](eqn, outs) or _whole(eqn, "this demand has no rule")
   if name not in RULES or len(outs) != 1:
     return _whole(eqn, "no rule for this primitive")
-  pieces: list[Piece] = []
+  pieces: dict[Wanted, Piece] = {}  # by what comes out: rounded up, two demands may be one
   for r in outs[0]:
     piece = _sampled.PICKED[name](eqn, r) if isinstance(r, Pick) else RULES[name](eqn, r)
     if piece is None and isinstance(r, Pick):
       return _by_rule(eqn, (whole(eqn.outvars[0]),))._replace(stopped=_sampled.GATHERED)
     if piece is None:
       return _whole(eqn, "this demand has no rule")
-    pieces.append(piece)
-  reads = [[p.ins[k] for p in pieces] for k in range(len(eqn.invars))]
+    pieces[r if piece.got is None else piece.got] = piece
+  shape = out_shape(eqn)
+  if len(pieces) > 1 and rg.share(_regions(pieces), shape) > 1:
+    return _whole(eqn, "its regions, rounded up, are more than the whole")
+  reads = [[p.ins[k] for p in pieces.values()] for k in range(len(eqn.invars))]
   ins = [tuple(r for r in column if r is not None) for column in reads]
 
   def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
     queues = [iter(blocks) for blocks in operands]
     out: Blocks = []
-    for wanted, p in zip(outs[0], pieces, strict=True):
+    for got, p in pieces.items():
       args = [None if r is None else next(q) for r, q in zip(p.ins, queues, strict=True)]
       args = [picks, *args] if p.needs_picks else args
-      out.append((wanted if p.got is None else p.got, p.emit(*args)))
+      out.append((got, p.emit(*args)))
     return [out]
 
   return Step(eqn, ins, run)
+
+
+def _regions(wanted: Iterable[Wanted]) -> Demand:
+  return tuple(r for r in wanted if isinstance(r, Region))
 
 
 def _line(eqn: Equation) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from . import _region as rg
@@ -122,7 +123,7 @@ def _present(demand: OutputDemand, blocks: list[Any], v: Any) -> Any:
   if demand is NONE:
     return None
   if demand is ALL or isinstance(demand, Sampled):
-    return blocks[0]
+    return blocks[0] if isinstance(blocks[0], jax.Array) else jnp.asarray(blocks[0], v.aval.dtype)
   assert not isinstance(demand, Token)
   shape = shape_of(v)
   if _is_gated(demand, shape):

@@ -68,6 +68,7 @@ def scatter(eqn: Equation, r: Region) -> Piece | None:
   for u, index in zip(scattered, batch, strict=True):
     updates[u] = index
   rows = [d for d in dn.inserted_window_dims if got[d] is not None]
+  clips = eqn.params["mode"] == Mode.CLIP
   if Region(got).is_full or any(d not in dn.scatter_dims_to_operand_dims for d in rows):
     return None
   changed: dict[str, Any] = {}
@@ -75,25 +76,46 @@ def scatter(eqn: Equation, r: Region) -> Piece | None:
     changed = dict(mode=Mode.FILL_OR_DROP, unique_indices=False, indices_are_sorted=False)
 
   def emit(x: Any, indices: Any, values: Any) -> Any:
+    if rows and clips:
+      indices = _clipped(indices, _last_starts(eqn))
     for d in rows:
-      column = dn.scatter_dims_to_operand_dims.index(d)
-      indices = _renumber(indices, column, got[d], shape[d], eqn.params["mode"] == Mode.CLIP)
+      indices = _renumber(indices, dn.scatter_dims_to_operand_dims.index(d), got[d], shape[d])
     return bind(eqn, x, indices, values, **changed)
 
   return Piece([Region(got), Region([*batch, None]), Region(updates)], emit, Region(got))
 
 
-def _renumber(indices: Any, column: int, wanted: Index, size: int, clip: bool) -> Any:
+def _last_starts(eqn: Equation) -> list[int]:
+  """The last position of every column of a scatter's indices at which its window fits."""
+  dn, shape, updates = eqn.params["dimension_numbers"], out_shape(eqn), shape_of(eqn.invars[2])
+  aside = dn.inserted_window_dims + dn.operand_batching_dims
+  windows = [d for d in range(len(shape)) if d not in aside]
+  sizes = dict(zip(windows, (updates[u] for u in dn.update_window_dims), strict=True))
+  return [shape[d] - sizes.get(d, 1) for d in dn.scatter_dims_to_operand_dims]
+
+
+def _clipped(indices: Any, last: list[int]) -> Any:
+  """Indices moved inside, each column up to its last position, if its dtype reaches that far."""
+  most = np.minimum(last, np.iinfo(indices.dtype).max).astype(indices.dtype)
+  return lax.min(lax.max(indices, lax.full_like(indices, 0)), np.broadcast_to(most, indices.shape))
+
+
+def _signed(indices: Any) -> Any:
+  """Indices in a dtype that holds sizes and negative numbers: a byte holds neither."""
+  wide = np.dtype(np.int64 if indices.dtype.itemsize == 8 else np.int32)
+  return indices if indices.dtype == wide else lax.convert_element_type(indices, wide)
+
+
+def _renumber(indices: Any, column: int, wanted: Index, size: int) -> Any:
   """Replace row numbers in one column of the indices by positions in `wanted`.
 
   new[i] = position of indices[i] in wanted, or len(wanted) (out of bounds) where it is not in it
   """
   assert wanted is not None
+  indices = _signed(indices)
   last = indices.ndim - 1
   rows = lax.index_in_dim(indices, column, last, keepdims=True)
   none = jax.lax.full_like(rows, len(wanted))
-  if clip:
-    rows = lax.clamp(np.array(0, rows.dtype), rows, np.array(size - 1, rows.dtype))
   if isinstance(wanted, range):
     start, step = (np.array(n, rows.dtype) for n in (wanted.start, wanted.step))
     shifted = lax.sub(rows, lax.full_like(rows, start))

@@ -9,7 +9,7 @@ from jax import lax
 
 from . import _index as ix, _region as rg
 from ._region import Demand, Region
-from ._rule import Blocks, Equation, Picks, Step, bind, rebind, shape_of
+from ._rule import Blocks, Equation, Picks, Step, bind, shape_of
 
 MultiRule: TypeAlias = Callable[[Equation, tuple[Demand, ...]], Step | None]
 
@@ -61,54 +61,54 @@ def collective(eqn: Equation, outs: tuple[Demand, ...]) -> Step | None:
   return Step(eqn, outs, run)
 
 
-def batched(core_ranks: Callable[[Equation], list[int]]) -> MultiRule:
-  """Outputs share leading dimensions with the operands; the last `core_ranks` are mixed."""
+def unstack(eqn: Equation, outs: tuple[Demand, ...]) -> Step:
+  """Every output is a region of the operand, without the dimension that it was cut along."""
+  axis = eqn.params["axis"]
+  read = [Region((*r[:axis], range(k, k + 1), *r[axis:])) for k, d in enumerate(outs) for r in d]
+  shape = shape_of(eqn.invars[0])
+  read = [Region(map(ix.canonical, r, shape)) for r in read]
+
+  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
+    del picks
+    blocks = iter(operands[0])
+    return [[(r, lax.squeeze(next(blocks), (axis,))) for r in regions] for regions in outs]
+
+  return Step(eqn, [tuple(read)], run)
+
+
+def ordered(axis_of: Callable[[Equation], int]) -> MultiRule:
+  """Sorted along one axis, several operands together or values with their places: others pass."""
 
   def rule(eqn: Equation, outs: tuple[Demand, ...]) -> Step | None:
-    ranks = core_ranks(eqn)
-    lead = len(shape_of(eqn.outvars[0])) - ranks[0]
-    batch = rg.one(
-      (Region(r[:lead]) for regions in outs for r in regions), shape_of(eqn.outvars[0])[:lead]
-    )[0]
-    if batch.is_full:
+    axis, shape = axis_of(eqn), shape_of(eqn.outvars[0])
+    wide = (
+      Region(None if k == axis else d for k, d in enumerate(r)) for regions in outs for r in regions
+    )
+    got = rg.one(wide, shape)[0]
+    if got.is_full:
       return None
-    ins = [(Region([*batch, *[None] * (len(shape_of(v)) - lead)]),) for v in eqn.invars]
-    gots = [Region([*batch, *[None] * n]) for n in ranks]
-    emit = rebind(eqn)
 
     def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
       del picks
-      results = emit(*[blocks[0] for blocks in operands])
-      return [[(got, x)] for got, x in zip(gots, results, strict=True)]
+      results = bind(eqn, *[blocks[0] for blocks in operands])
+      return [[(got, x)] for x in results]
 
-    return Step(eqn, ins, run)
+    return Step(eqn, [(got,)] * len(eqn.invars), run)
 
   return rule
 
 
-def sort(eqn: Equation, outs: tuple[Demand, ...]) -> Step | None:
-  """Several operands sorted together: dimensions other than the sorted one pass."""
-  shape, dim = shape_of(eqn.outvars[0]), eqn.params["dimension"]
-  wide = (
-    Region(None if k == dim else d for k, d in enumerate(r)) for regions in outs for r in regions
-  )
-  got = rg.one(wide, shape)[0]
-  if got.is_full:
-    return None
-
-  def run(operands: list[list[Any]], picks: Picks) -> list[Blocks]:
-    del picks
-    results = bind(eqn, *[blocks[0] for blocks in operands])
-    return [[(got, x)] for x in results]
-
-  return Step(eqn, [(got,)] * len(eqn.invars), run)
+def _top_axis(eqn: Equation) -> int:
+  rank = len(shape_of(eqn.outvars[0]))
+  return eqn.params.get("axis", -1) % rank
 
 
 MULTI: dict[str, MultiRule] = {
   "optimization_barrier": optimization_barrier,
   "split": split,
-  "sort": sort,
-  "top_k": batched(lambda eqn: [1, 1]),
+  "unstack": unstack,
+  "sort": ordered(lambda eqn: eqn.params["dimension"]),
+  "top_k": ordered(_top_axis),
 }
 for _name in ("psum", "psum_invariant", "psum2", "pmax", "pmin", "ppermute", "pvary", "pbroadcast",
               "pcast"):  # fmt: skip

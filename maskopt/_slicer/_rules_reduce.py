@@ -33,12 +33,6 @@ def cumulative(eqn: Equation, r: Region) -> Piece | None:
   return None if got is None else Piece([got], rebind(eqn), got)
 
 
-@rule("sort")
-def sort(eqn: Equation, r: Region) -> Piece | None:
-  got = widened(r, [d == eqn.params["dimension"] for d in range(len(r))])
-  return None if got is None else Piece([got], rebind(eqn), got)
-
-
 CORE_RANKS = {"cholesky": 2, "triangular_solve": 2, "fft": None}  # None: as many as fft_lengths
 
 

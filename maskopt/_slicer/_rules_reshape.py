@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 
+from .._explicit import spec_of
 from . import _index as ix
 from ._index import Index
 from ._region import Region, block_shape, volume
 from ._rule import Equation, Piece, out_shape, rule, shape_of
-from ._take import explicit_spec, take
+from ._take import take
 
 MAX_GROUP = 1 << 24  # demands across merged dimensions larger than this are computed whole
 
@@ -80,7 +81,7 @@ def _map_group(wanted: list[Index], outs: list[int], ins: list[int]) -> Mapped:
 @rule("reshape", "squeeze", "expand_dims")
 def reshape(eqn: Equation, r: Region) -> Piece | None:
   shape, b = shape_of(eqn.invars[0]), out_shape(eqn)
-  if 0 in shape or any(explicit_spec(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+  if 0 in shape or any(spec_of(v.aval) for v in (*eqn.invars, *eqn.outvars)):
     return None
   # A reshape may permute the dimensions first.
   permuted = eqn.params.get("dimensions") if eqn.primitive.name == "reshape" else None

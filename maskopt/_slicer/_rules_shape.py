@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._explicit import spec_of
 from . import _index as ix
 from ._index import Index
 from ._region import Region, block_shape, full
 from ._rule import Equation, Piece, out_shape, rebind, rule, shape_of
-from ._take import explicit_spec
 
 ELEMENTWISE = """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
@@ -62,7 +63,7 @@ def transpose(eqn: Equation, r: Region) -> Piece:
     ins[in_dim] = r[out_dim]
   block = block_shape(r, shape)
   alone = [d for d, n in enumerate(block) if n == 1]
-  if all(shape[d] == 1 for d in alone) or explicit_spec(eqn.outvars[0].aval):
+  if all(shape[d] == 1 for d in alone) or spec_of(eqn.outvars[0].aval):
     return Piece([Region(ins)], rebind(eqn))
   # A dimension cut down to one position moves by a reshape: XLA:CPU copies for a transpose of it.
   moving = [in_dim for d, in_dim in enumerate(permutation) if d not in alone]
@@ -101,7 +102,7 @@ def iota(eqn: Equation, r: Region) -> Piece | None:
   """Counts from the region's own start, so that no constant is kept; one-hot codes read this."""
   dim, dtype = eqn.params["dimension"], eqn.params["dtype"]
   wanted, shape = r[dim], block_shape(r, out_shape(eqn))
-  if explicit_spec(eqn.outvars[0].aval) or eqn.invars:
+  if spec_of(eqn.outvars[0].aval) or eqn.invars:
     return None
 
   def emit() -> Any:
@@ -138,6 +139,19 @@ def concatenate(eqn: Equation, r: Region) -> Piece:
   return Piece(ins, emit)
 
 
+@rule("stack")
+def stack(eqn: Equation, r: Region) -> Piece:
+  """Positions along the new dimension choose operands."""
+  axis = eqn.params["axis"]
+  wanted = set(ix.positions(r[axis], len(eqn.invars)).tolist())
+  read = Region(d for k, d in enumerate(r) if k != axis)
+
+  def emit(*parts: Any) -> Any:
+    return jnp.stack([x for x in parts if x is not None], axis)
+
+  return Piece([read if k in wanted else None for k in range(len(eqn.invars))], emit)
+
+
 @rule("slice")
 def slice_(eqn: Equation, r: Region) -> Piece:
   """The sliced region is a region of the operand: nothing is left to compute."""
@@ -156,16 +170,18 @@ def pad(eqn: Equation, r: Region) -> Piece | None:
   ins: list[Index] = []
   config: list[tuple[int, int, int]] = []
   got: list[Index] = []
-  for d, (low, high, gap), n in zip(
-    r, eqn.params["padding_config"], shape_of(eqn.invars[0]), strict=True
+  for d, (low, high, gap), n, size in zip(
+    r, eqn.params["padding_config"], shape_of(eqn.invars[0]), out_shape(eqn), strict=True
   ):
+    d = range(size) if d is None and min(low, high) < 0 else d  # crops: less is read
     read, pads = _unpad(d, low, gap, n) if d is not None else (None, None)
     if pads is None:  # the demand lies unevenly across interior padding
       read, pads, d = None, (low, high, gap), None
     ins.append(read)
     config.append(pads)
     got.append(d)
-  shape, result = block_shape(Region(got), out_shape(eqn)), Region(got)
+  result = Region(map(ix.canonical, got, out_shape(eqn)))
+  shape = block_shape(result, out_shape(eqn))
   if any(d is not None and not len(d) for d in ins):
     return Piece([None, full(0)], lambda _, value: lax.broadcast(value, shape), result)
   read = Region(map(ix.canonical, ins, shape_of(eqn.invars[0])))

@@ -16,7 +16,9 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from .._explicit import unsharded
 from ._parts import pick_shared
 from ._region import Pick, full
 from ._rule import Equation, Piece, out_shape, rebind, shape_of
@@ -54,7 +56,7 @@ def locate(pick: Pick, indices: jax.Array) -> jax.Array:
 def read(block: Any, pick: Pick, picks: Sequence[jax.Array]) -> jax.Array:
   """The picked elements of a whole array."""
   where = locate(pick, picks[pick.key])
-  return jnp.ravel(block).at[where].get(mode="promise_in_bounds", unique_indices=True)
+  return jnp.ravel(unsharded(block)).at[where].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _transpose(eqn: Equation, pick: Pick) -> Piece:
@@ -68,6 +70,12 @@ def _reshape(eqn: Equation, pick: Pick) -> Piece | None:
 
 def _squeeze(eqn: Equation, pick: Pick) -> Piece:
   return Piece([pick], lambda x: x)
+
+
+def _reshard(eqn: Equation, pick: Pick) -> Piece:
+  """Picks are never taken of a sharded array: what is left of it is the mesh of the result."""
+  whole = NamedSharding(eqn.params["dst_sharding"].mesh, PartitionSpec(None))
+  return Piece([pick], rebind(eqn, dst_sharding=whole))
 
 
 def _elementwise(eqn: Equation, pick: Pick) -> Piece | None:
@@ -183,7 +191,7 @@ PICKED: dict[str, PickRule] = {
   "broadcast_in_dim": _broadcast,
   "dot_general": _dot_general,
   "conv_general_dilated": _shared,
-  "reshard": _squeeze,  # between unsharded types: picks are never taken of a sharded one
+  "reshard": _reshard,
   "reduce_sum": _reduce_sum,
   "scatter-add": _scatter_add,
   "scatter_add": _scatter_add,

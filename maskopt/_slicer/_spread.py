@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax import lax
 
+from .._explicit import unsharded
 from . import _index as ix
 from ._region import Region
-from ._take import unsharded
 
 # Writing into zeros is a scatter, which XLA:CPU compiles anew for every leaf (13 ms each, of a
 # layer's 3 ms), and reading zeros beside the block a gather, which equal layers share. Up to this

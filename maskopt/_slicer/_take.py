@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
+from .._explicit import unsharded
 from . import _index as ix
 from ._index import Index, Points
 from ._region import Region
@@ -70,20 +70,3 @@ def _take_points(block: Any, dim: int, points: Points) -> jax.Array:
     indices_are_sorted=True,
     mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
   )
-
-
-def explicit_spec(aval: object) -> tuple[object, ...] | None:
-  """The partition of an array on a mesh with Explicit axes, one entry per dimension, else None."""
-  spec = getattr(getattr(aval, "sharding", None), "spec", None)
-  return tuple(spec) if spec is not None and any(s is not None for s in spec) else None
-
-
-def unsharded(block: Any, cut: Sequence[bool]) -> Any:
-  """Gather the dimensions to be cut: an Explicit mesh refuses to slice a sharded dimension."""
-  aval = jax.typeof(block)
-  spec = explicit_spec(aval)
-  if spec is None or all(s is None or not c for s, c in zip(spec, cut, strict=True)):
-    return block
-  whole = [None if c else s for s, c in zip(spec, cut, strict=True)]
-  sharding = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec(*whole))
-  return jax.sharding.reshard(block, sharding)

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax import lax
 
+from .._explicit import unsharded
 from . import _index as ix
 from ._region import Region
-from ._take import unsharded
 
 Lists = list[np.ndarray]  # one for each dimension
 
@@ -37,7 +37,7 @@ def in_order(blocks: Sequence[Any], regions: Sequence[Region], shape: Sequence[i
   """
   places = _places([[ix.positions(d, n) for d, n in zip(r, shape, strict=True)] for r in regions])
   widths = [_width(along) for along in places]
-  blocks = [unsharded(b, [True] * b.ndim) for b in blocks]
+  blocks = [unsharded(b) for b in blocks]
   flat = [lax.reshape(b, (b.size // w, w)) for b, w in zip(blocks, widths, strict=True)]
   if all(rows.shape[0] == 1 for rows in flat):
     order = sorted(range(len(flat)), key=lambda k: _first(places[k]))
