@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _argnums, _choice, _explicit, _journal, _packing, _provenance, _slicer, _tree
+from . import _argnums, _choice, _journal, _packing, _provenance, _sharded, _slicer, _tree
 from ._joint import Joint, Parts
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Slice
 from ._packed import Packed
@@ -350,7 +350,7 @@ def _among_zeros(values: Any, layout: Layout, index: Index, zeros: Any) -> Any:
   """The full-shaped gradient, sharded as the leaf is."""
   if isinstance(layout, (Block, Slice)) and layout.blocks and _slicer.spread_pays(layout.shape):
     spread = _slicer.spread(values, _regions(layout)[0], layout.shape)
-    return _explicit.like(spread, zeros)
+    return _sharded.like(spread, zeros)
   return layout.put(values, zeros, index)
 
 

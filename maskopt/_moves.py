@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
-from . import _explicit
+from . import _sharded
 from ._bits import added, bits, from_bits
 
 Index = dict[str, Any]
@@ -59,7 +59,7 @@ def read(move: Move, index: Index, x: Any) -> Any:
 def put(move: Move, index: Index, x: Any, values: Any) -> Any:
   """The array with its values replaced."""
   old, values = _gathered(move, x), _gathered(move, values)
-  return _explicit.like(_written(move, False, index, old, values.astype(x.dtype)), x)
+  return _sharded.like(_written(move, False, index, old, values.astype(x.dtype)), x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,12 +69,12 @@ def add(move: Move, index: Index, x: Any, values: Any) -> Any:
   adds = values.dtype == x.dtype and x.dtype in _SCATTERED
   if not adds:
     values = added(move.read(index, old), values)
-  return _explicit.like(_written(move, adds, index, old, values), x)
+  return _sharded.like(_written(move, adds, index, old, values), x)
 
 
 def _gathered(move: Move, x: Any) -> Any:
   """What an Explicit mesh shards can be selected element by element, but not indexed."""
-  return x if isinstance(move, Whole) else _explicit.unsharded(x)
+  return x if isinstance(move, Whole) else _sharded.unsharded(x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -183,6 +183,8 @@ class Product:
     def scattered(x: Any, values: Any, index: Index) -> Any:
       return self._scatter(_scatter_of(combine), index, x, values)
 
+    if _sharded.has_devices(jax.typeof(x)):  # every turn would gather what is cut along its way
+      return scattered(x, values, index)
     return lax.platform_dependent(x, values, index, cpu=in_turns, default=scattered)
 
   def linear(self, adds: bool, index: Index, x: Any, values: Any) -> Any:
@@ -281,16 +283,16 @@ class Whole:
 
   def _frozen(self, index: Index, x: Any) -> Any:
     frozen = index["frozen"]
-    sharded = _explicit.spec_of(jax.typeof(x)) is not None
-    return _explicit.like(jnp.broadcast_to(frozen, x.shape), x) if sharded else frozen
+    sharded = _sharded.spec_of(jax.typeof(x)) is not None
+    return _sharded.like(jnp.broadcast_to(frozen, x.shape), x) if sharded else frozen
 
   def read(self, index: Index, x: Any) -> Any:
     # A select and never a product: 0 * inf is NaN.
     return jnp.where(self._frozen(index, x), jnp.zeros_like(x), x)
 
   def write(self, combine: Combine, index: Index, x: Any, values: Any) -> Any:
-    x = _explicit.like(x, values)
-    values = _explicit.like(values, x)
+    x = _sharded.like(x, values)
+    values = _sharded.like(values, x)
     return jnp.where(self._frozen(index, x), x, combine(x, values))
 
   def linear(self, adds: bool, index: Index, x: Any, values: Any) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from pairs import every_pair
 
 import maskopt
 
@@ -116,15 +117,11 @@ def packed(tx, params, grads):
   return step(params, tx.init(params), grads)[0]
 
 
-# Every dtype through the three ways that differ in what moves the bits, two through the rest.
-WAYS = [
-  *((way, name) for way in (in_place, two_jits, eager) for name in DTYPES),
-  *((way, name) for way in (nested, scanned, packed) for name in ("bfloat16", "float32")),
-]
+FEW_WAYS = in_place, two_jits, eager
+WAYS = *FEW_WAYS, nested, scanned, packed
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("way", "dtype"), WAYS, indirect=["dtype"])
+@every_pair(dtype=DTYPES, layout=LAYOUTS, way=WAYS, indirect=["dtype"])
 def test_frozen_bits_stay(dtype, layout, way):
   params, grads, frozen, mask, prefer = setting(dtype, layout)
   inner = optax.sgd(0.1, momentum=0.9)
@@ -160,8 +157,7 @@ def test_frozen_bits_stay_below_a_wrapper(name, layout):
     assert (np.asarray(after["w"])[~frozen] != params["w"][~frozen]).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", (in_place, two_jits, eager), ids=lambda way: way.__name__)
+@every_pair(dtype=DTYPES, layout=LAYOUTS, way=FEW_WAYS, indirect=["dtype"])
 def test_masked_freeze_keeps_bits(dtype, layout, way):
   params, grads, frozen, mask, _ = setting(dtype, layout)
   tx = optax.chain(optax.sgd(0.1, momentum=0.9), maskopt.masked_freeze(mask))
@@ -170,9 +166,7 @@ def test_masked_freeze_keeps_bits(dtype, layout, way):
   assert np.isfinite(np.asarray(after["w"])[~frozen]).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", (in_place, two_jits, eager), ids=lambda way: way.__name__)
-@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+@every_pair(narrow=["float16", "bfloat16"], layout=LAYOUTS, way=FEW_WAYS)
 def test_masters_keep_frozen_bits(narrow, layout, way):
   with jax.numpy_dtype_promotion("standard"):
     _check_masters(narrow, layout, way)
@@ -188,8 +182,7 @@ def _check_masters(narrow, layout, way):
   assert np.isfinite(np.asarray(after["w"])[~frozen].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("jit", [False, True])
+@every_pair(dtype=DTYPES, layout=LAYOUTS, jit=[False, True], indirect=["dtype"])
 def test_optax_apply_updates_is_exact_for_normal_values(dtype, layout, jit):
   _, grads, frozen, mask, prefer = setting(dtype, layout)
   params = {"w": reference.normal(np.random.default_rng(2), SHAPE, DTYPES[dtype])}

@@ -19,6 +19,7 @@ import optax
 import pytest
 import reference
 from optimizers import ABSENT, SEES_RANK, SEES_SIZE, SLOW_EAGER, TABLE, transformations
+from pairs import pairwise
 from reference import View
 
 import maskopt
@@ -72,25 +73,6 @@ STANDS_STILL = ("set_to_zero", "freeze")
 
 # Gradients at frozen elements.
 RUBBISH = (np.nan, np.inf, -np.inf, 1e4, -3.0)
-
-
-def pairwise(*factors):
-  """Rows that hold every pair of values of every two factors; greedy, in a fixed order."""
-  wanted = {
-    ((i, a), (j, b))
-    for (i, x), (j, y) in itertools.combinations(enumerate(factors), 2)
-    for a in x
-    for b in y
-  }
-  rows = []
-  while wanted:
-    best = max(
-      itertools.product(*factors),
-      key=lambda row: len(wanted & set(itertools.combinations(enumerate(row), 2))),
-    )
-    rows.append(best)
-    wanted -= set(itertools.combinations(enumerate(best), 2))
-  return rows
 
 
 def cases():

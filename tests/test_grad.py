@@ -10,6 +10,7 @@ import optax
 import pytest
 import reference
 from flax import nnx
+from pairs import every_pair
 
 import maskopt
 from maskopt._slicer import count_flops
@@ -106,9 +107,7 @@ def assert_sliced(gradient, params, freeze_mask, full, tolerance):
     np.testing.assert_allclose(got[~frozen], expected[~frozen], atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", MASKS)
+@every_pair(name=MASKS, jit=[False, True], dtype=TOLERANCE)
 def test_equals_jax_where_it_trains_and_zero_elsewhere(name, jit, dtype):
   params, x = network(dtype), batch(dtype)
   fun = maskopt.value_and_grad(loss, MASKS[name])

@@ -33,6 +33,15 @@ MASKS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_there_before():
+  """Is much, compiled and imported, and not searched for garbage and referrers in every test."""
+  gc.collect()
+  gc.freeze()
+  yield
+  gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _promotion():
   """Optax's Adam itself needs promotion."""

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn, serialization
 from flax.core import freeze
 from flax.training import train_state
+from pairs import every_pair
 
 import maskopt
 import maskopt.linen
@@ -261,11 +262,16 @@ def test_statistics_of_subclasses_and_of_other_modules(kind, units, containers):
 SCATTERED = RNG.random((4, 6)) < 0.6
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("kernel, bias", [(True, False), (UNITS, UNITS), (SCATTERED, True)])
-@pytest.mark.parametrize("kind", ["dense", "conv"])
-def test_masked_layers_have_flax_gradients_and_zeros(kind, kernel, bias, jit):
-  masks = {"kernel_freeze_mask": kernel, "bias_freeze_mask": bias}
+FROZEN = {"kernel": (True, False), "units": (UNITS, UNITS), "scattered": (SCATTERED, True)}
+
+
+@every_pair(
+  kind=["dense", "conv"],
+  frozen=FROZEN,
+  jit=[False, True],
+)
+def test_masked_layers_have_flax_gradients_and_zeros(kind, frozen, jit):
+  masks = dict(zip(("kernel_freeze_mask", "bias_freeze_mask"), FROZEN[frozen], strict=True))
   if kind == "dense":
     masked, plain, x = maskopt.linen.MaskedDense(6, **masks), nn.Dense(6), data(5, 4)
   else:
@@ -284,7 +290,7 @@ def test_masked_layers_have_flax_gradients_and_zeros(kind, kernel, bias, jit):
 
   (g, dx), (e, dxe) = gradients(masked), gradients(plain)
   np.testing.assert_allclose(dx, dxe, rtol=1e-4, atol=1e-5)
-  for name, mask in (("kernel", kernel), ("bias", bias)):
+  for name, mask in zip(("kernel", "bias"), FROZEN[frozen], strict=True):
     got, want = g["params"][name], e["params"][name]
     assert not np.any(np.array(got)[np.broadcast_to(mask, got.shape)])
     np.testing.assert_allclose(got, np.where(mask, 0, want), rtol=1e-4, atol=1e-4)

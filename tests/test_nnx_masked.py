@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from pairs import every_pair
 
 import maskopt
 import maskopt.nnx
@@ -65,10 +66,9 @@ def loss(m, x):
   return (m(x) ** 2).sum()
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("name", ["linear", "conv"])
-@pytest.mark.parametrize("masks", LINEAR)
+@every_pair(jit=[False, True], name=["linear", "conv"], masks=range(len(LINEAR)))
 def test_gradients_are_flax_own_and_zero_where_frozen(name, masks, jit):
+  masks = LINEAR[masks]
   masked, plain, x = layer_and_plain(name, *masks)
   wrap = nnx.jit if jit else lambda f: f
   (value, (g, dx)), (expected, (e, dxe)) = (

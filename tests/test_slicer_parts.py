@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pairs import every_pair
 from test_slicer import QUICK
 
 from maskopt._slicer import _sums
@@ -66,8 +66,7 @@ def collectives(text: str) -> list[str]:
 SPECS = [P(), P("a"), P("a", "b"), P(None, "a"), P(("a", "b")), P(None, ("b", "a"))]
 
 
-@pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize(("of_x", "of_y"), list(itertools.product(SPECS, SPECS)))
+@every_pair(name=MESHES, of_x=SPECS, of_y=SPECS)
 def test_however_operands_are_cut(name: str, of_x: P, of_y: P) -> None:
   operands = normal(16, 24), normal(16, 32)
   pick, where, expected = picking(product, operands)

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from pairs import every_pair
 from test_slicer import QUICK
 from test_slicer_sharded import D, N, mesh, reduced_by
 
@@ -238,9 +239,11 @@ def test_kernels_that_a_scan_takes_apart_are_gathered_after() -> None:
   assert any(s.primitive == "scan" and "scattered" in s.reason for s in stops)
 
 
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("share", [0.005, 0.1], ids=["sampled", "gathered"])
-@pytest.mark.parametrize("name", ["kernels", "checkpoint", "recurrent"])
+@every_pair(
+  name=["kernels", "checkpoint", "recurrent"],
+  share=[0.005, 0.1],
+  check=[True, False],
+)
 def test_scattered_elements_inside_shard_map(name: str, share: float, check: bool) -> None:
   body, p, x = SCATTERED[name]()
   m, mask = mesh(AxisType.Auto), [R.random(w.shape) >= share for w in p]

@@ -8,6 +8,7 @@ import pytest
 import surgery_models as models
 from flax import nnx
 from flax.training import train_state
+from pairs import every_pair
 from surgery_models import bits, by_path, mlp, paths
 
 import maskopt
@@ -112,9 +113,11 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("after", ["ours", "flax"])
-@pytest.mark.parametrize("before", ["ours", "flax"])
+@every_pair(
+  operation=OPERATIONS,
+  before=["ours", "flax"],
+  after=["ours", "flax"],
+)
 def test_optimizers_of_nnx_go_on(operation, before, after):
   def ours(model, mask):
     return maskopt.nnx.Optimizer(model, optax.adam(0.1), mask)

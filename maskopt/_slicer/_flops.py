@@ -25,7 +25,8 @@ def count_flops(jaxpr: Any, wanted: Sequence[bool] | None = None) -> int:
     wanted: which outputs are used; all by default.
   Returns:
     An exact int. A `while` body counts once and of a `cond` the most expensive branch does; inside
-    `shard_map` the count is that of one shard.
+    `shard_map` the count is that of one shard. A convolution counts every tap of every output, also
+    where it meets a zero of padding or dilation.
   """
   jaxpr, _ = opened(jaxpr)
   return _live(jaxpr, wanted or [True] * len(jaxpr.outvars))[0]

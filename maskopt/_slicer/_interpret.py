@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from jax.extend import core, source_info_util
 
-from .. import _explicit
+from .. import _sharded
 from . import (
   _control,
   _region as rg,
@@ -197,7 +197,7 @@ class Analysis:
 
 
 def _reads_less(eqn: Equation) -> bool:
-  return eqn.primitive.name in _READ_LESS and _explicit.spec_of(eqn.invars[0].aval) is None
+  return eqn.primitive.name in _READ_LESS and _sharded.spec_of(eqn.invars[0].aval) is None
 
 
 def _passable(eqn: Equation, outs: Demands) -> Demands:
@@ -217,7 +217,7 @@ def _want(wanted: dict[Any, Demand], v: Any, regions: Demand) -> None:
   if not regions or is_literal(v):
     return
   shape, old = shape_of(v), wanted.get(v, ())
-  spec = _explicit.spec_of(v.aval)
+  spec = _sharded.spec_of(v.aval)
   for r in regions:
     if spec is not None and isinstance(r, Pick):
       r = full(len(shape))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 
-from .._explicit import spec_of
+from .._sharded import spec_of
 from . import _index as ix
 from ._index import Index
 from ._region import Region, block_shape, volume

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._explicit import spec_of
+from .._sharded import spec_of
 from . import _index as ix
 from ._index import Index
 from ._region import Region, block_shape, full

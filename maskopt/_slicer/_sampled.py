@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._explicit import unsharded
+from .._sharded import unsharded
 from ._parts import pick_shared
 from ._region import Pick, full
 from ._rule import Equation, Piece, out_shape, rebind, shape_of

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
+from .. import _sharded
 from ._rule import Equation, bind, out_shape, shape_of
 
 
@@ -33,16 +33,14 @@ class Sum(NamedTuple):
 
 
 def has_devices(aval: Any) -> bool:
-  """Whether the compiler may spread a value over devices, as its type shows, and lets us say how.
+  """Whether the compiler may spread a value over devices, and lets us say how.
 
   TPUs know no partitioning of an operation's own: a program that has one does not compile there.
   """
-  mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-  if mesh is None or mesh.empty or mesh.size == 1:
+  if not _sharded.has_devices(aval):
     return False
-  kind = getattr(mesh.abstract_device, "device_kind", "")  # of a topology, there is no backend
-  known = jax.default_backend() in ("cpu", "gpu") and "tpu" not in kind.lower()
-  return known and all(kind != AxisType.Manual for kind in mesh.axis_types)
+  kind = getattr(aval.sharding.mesh.abstract_device, "device_kind", "")  # of a topology: no backend
+  return jax.default_backend() in ("cpu", "gpu") and "tpu" not in kind.lower()
 
 
 def _named(*dims: list[str]) -> tuple[tuple[str, ...], ...]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from .._explicit import unsharded
+from .._sharded import unsharded
 from . import _index as ix
 from ._region import Region
 

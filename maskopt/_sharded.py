@@ -1,7 +1,7 @@
-"""Arrays on meshes with Explicit axes, whose types say how they are sharded.
+"""What the type of an array says of the devices that share it.
 
-JAX refuses to slice, index or flatten a sharded dimension of such an array; what must, gathers it
-first, and what stands for it afterwards is sharded like it again.
+On a mesh with Explicit axes it says how: JAX refuses to slice, index or flatten a dimension that is
+cut. What must, gathers it first, and what stands for it afterwards is sharded like it again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def has_devices(aval: Any) -> bool:
+  """Whether the compiler may spread an array over devices."""
+  mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+  if mesh is None or mesh.empty or mesh.size == 1:
+    return False
+  return all(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def spec_of(aval: Any) -> tuple[object, ...] | None:

@@ -1,7 +1,9 @@
-"""Parameters on meshes with Explicit axes: every layout, and the types stay what they were."""
+"""Parameters that devices share: every layout keeps the sharding, and gathers nothing in a loop."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pairs import every_pair
 from test_slicer_sharded import N, mesh
 
 import maskopt
@@ -47,9 +50,16 @@ MASKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("spec", [P("data", None), P(None, "data"), P()])
-@pytest.mark.parametrize("name", MASKS)
-def test_gradients_and_steps_keep_the_sharding(name: str, spec: P) -> None:
+def eager(f: Callable[[Any], Any]) -> Any:
+  return f
+
+
+def cond(f: Callable[[Any], Any]) -> Any:
+  return lambda w: lax.cond(True, f, jnp.zeros_like, w)
+
+
+@every_pair(name=MASKS, spec=[P("data", None), P(None, "data"), P()], way=[eager, jax.jit, cond])
+def test_gradients_and_steps_keep_the_sharding(name: str, spec: P, way: Any) -> None:
   m, mask = mesh(AxisType.Explicit), MASKS[name]
   w = jax.device_put(jnp.asarray(R.normal(size=SHAPE) / 16, jnp.float32), NamedSharding(m, spec))
   x = jnp.asarray(R.normal(size=(4, SHAPE[0])), jnp.float32)
@@ -59,24 +69,21 @@ def test_gradients_and_steps_keep_the_sharding(name: str, spec: P) -> None:
 
   with jax.set_mesh(m):
     expected = np.where(mask, 0, jax.grad(f)(w))
-    g = maskopt.grad(f, mask)
-    for got in (g(w), jax.jit(g)(w), lax.cond(True, g, jnp.zeros_like, w)):
-      np.testing.assert_allclose(got, expected, atol=1e-5)
-      assert jax.typeof(got) == jax.typeof(w)
+    gradient = way(maskopt.grad(f, mask))
+    np.testing.assert_allclose(gradient(w), expected, atol=1e-5)
+    assert jax.typeof(gradient(w)) == jax.typeof(w)
 
-    tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=mask, prefer="time")
-    state = tx.init(w)
+    tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=mask, prefer="memory")
 
-    def step(w: Any, state: Any) -> Any:
-      updates, state = tx.update(maskopt.grad(f, mask)(w), state, w)
-      return maskopt.apply_updates(w, updates), state
+    def step(w: Any) -> Any:
+      updates, _ = tx.update(gradient(w), tx.init(w), w)
+      return maskopt.apply_updates(w, updates)
 
-    for turn in (step, jax.jit(step)):
-      new, _ = turn(w, state)
-      assert jax.typeof(new) == jax.typeof(w)
-      assert maskopt.audit(w, new, mask).ok
-      moved = np.asarray(new) != np.asarray(w)
-      np.testing.assert_array_equal(moved, ~np.broadcast_to(mask, SHAPE))
+    new = (jax.jit(step) if way is jax.jit else step)(w)
+    assert jax.typeof(new) == jax.typeof(w)
+    assert maskopt.audit(w, new, mask).ok
+    moved = np.asarray(new) != np.asarray(w)
+    np.testing.assert_array_equal(moved, ~np.broadcast_to(mask, SHAPE))
 
 
 def test_scattered_elements_of_an_embedding_train() -> None:
@@ -99,3 +106,22 @@ def test_scattered_elements_of_an_embedding_train() -> None:
   new, _ = step(w, tx.init(w))
   assert jax.typeof(new) == jax.typeof(w)
   np.testing.assert_array_equal(np.asarray(new) != np.asarray(w), ~mask)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "few"])
+def test_what_devices_share_is_written_where_it_is(name: str) -> None:
+  """The compiler cannot cut a loop along what it walks over: every turn would gather the leaf."""
+  m, mask = mesh(AxisType.Auto), MASKS[name]
+  w = jax.device_put(jnp.ones(SHAPE), NamedSharding(m, P("data")))
+  tx = maskopt.selective_transform(optax.adam(0.1), freeze_mask=mask, prefer="memory")
+  state = tx.init(w)
+
+  def step(w: Any, state: Any) -> Any:
+    updates, state = tx.update(jnp.full_like(w, 0.1), state, w)
+    return maskopt.apply_updates(w, updates), state
+
+  program = jax.jit(step).lower(w, state).compile()
+  assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
+  new, _ = program(w, state)
+  assert new.sharding.is_equivalent_to(w.sharding, w.ndim)
+  np.testing.assert_array_equal(np.asarray(new) != 1, ~mask)
