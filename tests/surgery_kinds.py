@@ -116,7 +116,7 @@ class EqxTokens(eqx.Module):
     return self.attention(x, x, x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
   """A network, what grows in it, and shapes that must come out."""
 

@@ -328,8 +328,11 @@ def test_the_state_keeps_compact_positions_of_every_stage(name):
     assert np.array_equal(np.flatnonzero(updates), want)
 
 
-@pytest.mark.parametrize("mask_shape", [(4, 1, 1), (4, 5, 1), (5, 1), (3,), (1, 5, 3), (4, 5, 3)])
-@pytest.mark.parametrize("spare", [0, 1, 7])
+@pytest.mark.parametrize(
+  ("mask_shape", "spare"),
+  [*((s, 1) for s in [(4, 1, 1), (4, 5, 1), (5, 1), (3,), (1, 5, 3), (4, 5, 3)]),
+   ((5, 1), 0), ((4, 5, 3), 0), ((4, 1, 1), 7), ((4, 5, 3), 7)],
+)  # fmt: skip
 def test_a_mask_that_is_data_is_found_whatever_its_structure(mask_shape, spare):
   """With fewer trainable elements than places, too: the rest points past the end."""
   rng = np.random.default_rng(0)

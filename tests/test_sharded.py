@@ -58,7 +58,7 @@ def cond(f: Callable[[Any], Any]) -> Any:
   return lambda w: lax.cond(True, f, jnp.zeros_like, w)
 
 
-@every_pair(name=MASKS, spec=[P("data", None), P(None, "data"), P()], way=[eager, jax.jit, cond])
+@every_pair(name=MASKS, spec=[P("data", None), P(None, "data")], way=[eager, jax.jit, cond])
 def test_gradients_and_steps_keep_the_sharding(name: str, spec: P, way: Any) -> None:
   m, mask = mesh(AxisType.Explicit), MASKS[name]
   w = jax.device_put(jnp.asarray(R.normal(size=SHAPE) / 16, jnp.float32), NamedSharding(m, spec))

@@ -1,5 +1,6 @@
 """Disjoint blocks become one vector in the order of the array, exactly."""
 
+import functools
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from test_slicer import QUICK
 
 from maskopt._choice import blocks_of
 from maskopt._slicer import in_order, region
@@ -50,7 +52,8 @@ def test_the_cases_are_unions_of_every_kind():
 def test_equals_the_array_at_the_mask(dtype):
   for shape, mask, blocks in CASES:
     x = rng().normal(size=shape).astype(np.float32).view(np.int32).astype(dtype)
-    np.testing.assert_array_equal(joined(x, blocks), x[mask])
+    compiled = jax.jit(functools.partial(joined, blocks=blocks), compiler_options=QUICK)
+    np.testing.assert_array_equal(compiled(x), x[mask])
 
 
 def test_bits_are_moved_and_never_changed():

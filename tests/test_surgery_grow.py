@@ -69,7 +69,7 @@ def test_old_weights_keep_their_bits_and_are_what_the_mask_freezes(case, mode):
     np.testing.assert_array_equal(bits(new[p][frozen]), bits(old[p].reshape(-1)))
 
 
-@pytest.mark.parametrize("mode", ["zero", "copy"])
+@pytest.mark.parametrize("mode", ["zero", pytest.param("copy", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_training_moves_new_weights_only(case, mode):
   result = grown(case, mode)

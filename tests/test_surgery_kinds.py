@@ -1,5 +1,7 @@
 """Networks of many kinds grow, keep what they compute, and train what is new alone."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,11 @@ def trained(kind, done, steps=20):
   return maskopt.audit(params, after, done.freeze_mask)
 
 
+@functools.cache
+def grown(kind, mode):
+  return surgery.grow(kind.build(), kind.layers, inputs=kind.inputs, mode=mode, **kind.settings)
+
+
 @every_kind
 @pytest.mark.parametrize("mode", ["zero", pytest.param("copy", marks=pytest.mark.slow)])
 def test_it_grows_and_computes_what_it_did(kind, mode):
@@ -73,7 +80,7 @@ def test_it_grows_and_computes_what_it_did(kind, mode):
     with pytest.raises(ValueError, match='at embed, mix, expected the same .*: mode="zero" can'):
       surgery.grow(model, kind.layers, inputs=kind.inputs, mode=mode)
     return
-  done = surgery.grow(model, kind.layers, inputs=kind.inputs, mode=mode, **kind.settings)
+  done = grown(kind, mode)
   old, new, mask = arrays(model), arrays(done.model), paths(done.freeze_mask)
   assert {p: new[p].shape for p in kind.shapes} == kind.shapes
   before = np.asarray(model(kind.inputs))
@@ -88,8 +95,7 @@ def test_it_grows_and_computes_what_it_did(kind, mode):
 
 @every_kind
 def test_training_moves_what_is_new_alone(kind):
-  done = surgery.grow(kind.build(), kind.layers, inputs=kind.inputs, **kind.settings)
-  audit = trained(kind, done)
+  audit = trained(kind, grown(kind, "zero"))
   assert audit.ok and audit.trainable > 0
   # New tokens that no input shows get no gradient, but decay.
   assert audit.moved > 0.5 * audit.trainable
