@@ -427,7 +427,8 @@ def test_a_change_of_the_mask_takes_no_more_memory_than_a_step_or_three_arrays(
       for m in (fixed, schedule)
     )
   ]
-  assert sizes[1] < max(sizes[0], 3 * 4 * (count or 0)) + 500_000
+  arrays = 3 if jax.__version_info__ < (0, 11) else 4  # later, what a clip scales waits as well
+  assert sizes[1] < max(sizes[0], arrays * 4 * (count or 0)) + 500_000
 
 
 def test_a_schedule_adds_one_array_to_the_state_and_one_for_each_leaf_that_changes():

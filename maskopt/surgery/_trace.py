@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core, source_info_util
 
+from .._slicer._rule import opened, scan_parts
 from . import _axes
 from ._network import Network, Value
 
@@ -81,7 +82,7 @@ class _Walk:
       self._network.same((a, axis + shift_a), (b, axis + shift_b))
 
   def _scan(self, eqn: Any, ins: list[Value]) -> list[Value]:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_parts(eqn, opened(eqn.params["jaxpr"])[0])
     outs = [Value(_shape(v)) for v in eqn.outvars]
     # A carry depends on the inputs as soon as the loop runs, whatever it starts from.
     inner = ins[:consts] + [Value(v.shape) for v in ins[consts : consts + carries]]
