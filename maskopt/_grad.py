@@ -7,6 +7,7 @@ computed: see `_slicer`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -283,9 +284,10 @@ def _evaluate(
     ]
     return [x for x, is_array in zip(leaves, arrays, strict=True) if is_array], gradients
 
-  try:
+  closed = None
+  with contextlib.suppress(*_CONCRETE):
     closed = jax.make_jaxpr(traced)(split.trained)
-  except _CONCRETE:
+  if closed is None:
     # Run eagerly, the function may ask data for its values; under a jit that fails once more here.
     value, gradients = differentiated(split.trained)
     return value, [_cut(g, d) for g, d in zip(gradients, demands, strict=True)], None
