@@ -14,6 +14,7 @@ from recipes import facts, told
 from reference import bits, same_bits, special
 
 import maskopt
+from maskopt._slicer._rule import scan_parts
 from maskopt.demo import _curves, _data
 from maskopt.demo._curves import Curves, Mean
 from maskopt.demo._ledger import Ledger
@@ -128,8 +129,7 @@ def test_frozen_layers_are_in_no_gradient_and_in_no_moment():
     # Six forward; one for each kernel that trains, one through each layer above the lowest of them.
     assert matmuls == 6 + (6 - n) + (5 - n)
     (scan,) = (eqn for eqn in program if eqn.primitive.name == "scan")
-    count = scan.params["num_carry"]
-    skip = scan.params["num_consts"]
+    skip, count = scan_parts(scan, scan.params["jaxpr"].jaxpr)
     carried = sum(x.aval.size for x in scan.invars[skip : skip + count])
     trained = sum(np.size(x) for x in jax.tree.leaves(params[n:]))
     everything = sum(np.size(x) for x in jax.tree.leaves(params))

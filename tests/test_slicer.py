@@ -180,4 +180,4 @@ def test_peak_temporary_memory_is_never_above_that_of_slicing_after(name: str) -
     compiled = jax.jit(f, compiler_options=QUICK).lower(*case.args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  assert peak(sliced) <= peak(whole)
+  assert peak(sliced) <= peak(whole) + 256  # XLA aligns arrays at 64 bytes, short ones too
