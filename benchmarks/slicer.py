@@ -11,6 +11,7 @@ by up to 1.27 on a shared machine. Compiling is measured in CPU time, threads in
 
 from __future__ import annotations
 
+import argparse
 import functools
 import resource
 import sys
@@ -355,4 +356,9 @@ def sampled() -> None:
 
 
 if __name__ == "__main__":
-  {"wall": wall, "trace": trace, "compile": compile_, "sampled": sampled}[sys.argv[1]]()
+  RUNS = {"wall": wall, "trace": trace, "compile": compile_, "sampled": sampled}
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("run", choices=RUNS)
+  RUNS[parser.parse_args().run]()
