@@ -290,7 +290,7 @@ def _evaluate(
   if closed is None:
     # Run eagerly, the function may ask data for its values; under a jit that fails once more here.
     value, gradients = differentiated(split.trained)
-    return value, [_cut(g, d) for g, d in zip(gradients, demands, strict=True)], None
+    return value, _slicer.slice_program(lambda *g: g, demands, *gradients)[0], None
   treedef, others = static
   count = len(closed.out_avals) - len(demands)
   plan = _slicer.analyze(closed, [_slicer.ALL] * count + demands)
@@ -298,16 +298,6 @@ def _evaluate(
   values = iter(outputs[:count])
   value = treedef.unflatten([next(values) if x is None else x for x in others])
   return value, outputs[count:], plan
-
-
-def _cut(gradient: Any, demand: Any) -> Any:
-  """What is demanded of a gradient that was computed whole."""
-  if demand is _slicer.ALL:
-    return gradient
-  if isinstance(demand, _slicer.Sampled):
-    return gradient.reshape(-1)[demand.indices]
-  whole = _slicer.region(gradient.shape)
-  return tuple(_slicer.take(gradient, whole, r) for r in demand)
 
 
 def _note(
@@ -342,18 +332,17 @@ def _presented(
   full = values
   if not isinstance(layout, Dense):
     record = Record(layout, index, values)
-    zeros = jnp.zeros_like(leaf, values.dtype)
-    full = _provenance.made_of.remember(_among_zeros(values, layout, index, zeros), record)
+    full = _provenance.made_of.remember(_among_zeros(values, layout, index, leaf), record)
   whole = not layout.blocks and not sampled
   return _provenance.unmasked.remember(full, Record(layout, index, g)) if whole else full
 
 
-def _among_zeros(values: Any, layout: Layout, index: Index, zeros: Any) -> Any:
+def _among_zeros(values: Any, layout: Layout, index: Index, leaf: Any) -> Any:
   """The full-shaped gradient, sharded as the leaf is."""
   if isinstance(layout, (Block, Slice)) and layout.blocks and _slicer.spread_pays(layout.shape):
     spread = _slicer.spread(values, _regions(layout)[0], layout.shape)
-    return _sharded.like(spread, zeros)
-  return layout.put(values, zeros, index)
+    return _sharded.like(spread, leaf)
+  return layout.put(values, jnp.zeros_like(leaf, values.dtype), index)
 
 
 def _values(g: Any, layout: Layout, index: Index, sampled: bool) -> Any:

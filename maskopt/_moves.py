@@ -291,7 +291,7 @@ class Whole:
     return jnp.where(self._frozen(index, x), jnp.zeros_like(x), x)
 
   def write(self, combine: Combine, index: Index, x: Any, values: Any) -> Any:
-    x = _sharded.like(x, values)
+    x = _sharded.like(x, values)  # either may be zeros that nobody placed
     values = _sharded.like(values, x)
     return jnp.where(self._frozen(index, x), x, combine(x, values))
 

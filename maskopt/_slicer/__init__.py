@@ -15,5 +15,4 @@ from ._region import Region as Region, region as region
 from ._sampled import Sampled as Sampled
 from ._spread import spread as spread, spread_pays as spread_pays
 from ._sums import has_devices as has_devices
-from ._take import take as take
 from ._union import in_order as in_order

@@ -97,7 +97,8 @@ def _last_starts(eqn: Equation) -> list[int]:
 def _clipped(indices: Any, last: list[int]) -> Any:
   """Indices moved inside, each column up to its last position, if its dtype reaches that far."""
   most = np.minimum(last, np.iinfo(indices.dtype).max).astype(indices.dtype)
-  return lax.min(lax.max(indices, lax.full_like(indices, 0)), np.broadcast_to(most, indices.shape))
+  most = lax.broadcast_in_dim(most, indices.shape, (indices.ndim - 1,))
+  return lax.min(lax.max(indices, lax.full_like(indices, 0)), most)
 
 
 def _signed(indices: Any) -> Any:
