@@ -334,6 +334,10 @@ def _frozen(shape: tuple[int, ...], demand: Any) -> Any:
   return frozen
 
 
+def _sampling(grad: Any) -> Any:
+  return jax.jit(lambda w, x, i: slice_program(grad, [Sampled(i)], w, x)[0])
+
+
 def sampled() -> None:
   print("| summed | kernel | density | time sampled / (dense, gathered) |")
   limits = _sampled.SAMPLE_BELOW
@@ -347,8 +351,7 @@ def sampled() -> None:
         compiled = []
         for always in (0.0, 1.0):
           _sampled.SAMPLE_BELOW = ((float("inf"), always),)  # pyright: ignore
-          f = jax.jit(lambda w, x, i: slice_program(grad, [Sampled(i)], w, x)[0])  # noqa: B023
-          compiled.append(f.lower(w, x, indices).compile())
+          compiled.append(_sampling(grad).lower(w, x, indices).compile())
         runs = {str(k): functools.partial(f, w, x, indices) for k, f in enumerate(compiled)}
         a, b = paired_minima(runs).values()
         print(f"| {rows} | {d} x {d} | {density:.1%} | {b / a:.2f} |")

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from . import _layout
 from ._layout import Block, Dense, Elements, Frozen, Full, Index, Layout, Sets, Slice
-from ._masks import LeafMask, Runtime
+from ._masks import Runtime
 
 Prefer = Literal["time", "memory", "values"]
 
@@ -58,7 +58,13 @@ def platform_of(leaves: list[Any]) -> str:
 
 
 def choose(
-  mask: LeafMask, leaf: Any, dtype: Any, *, platform: str, prefer: Prefer, keep_rank: bool
+  mask: bool | np.ndarray | Runtime,
+  leaf: Any,
+  dtype: Any,
+  *,
+  platform: str,
+  prefer: Prefer,
+  keep_rank: bool,
 ) -> tuple[Layout, Index]:
   """Return the leaf's layout and the arrays it needs at run time.
 
@@ -77,7 +83,7 @@ def choose(
     return _runtime(mask, shape, name)
   if isinstance(mask, bool):
     return (Frozen if mask else Full)(shape, name), {}
-  trainable = ~mask  # type: ignore[operator]
+  trainable = ~mask
   dims = index_sets(trainable, shape)
   if dims is not None and all(len(d) == n for d, n in zip(dims, shape, strict=True)):
     return Full(shape, name), {}
@@ -159,7 +165,7 @@ def as_range(positions: range | np.ndarray) -> range | np.ndarray:
 
 def block(
   dims: Sequence[range | np.ndarray], shape: tuple[int, ...], name: str
-) -> tuple[Layout, Index]:
+) -> tuple[Slice | Block, Index]:
   """The layout of a product of index sets, sorted, one for each dimension."""
   sizes = tuple(len(d) for d in dims)
   sets = tuple(as_range(d) for d in dims)
@@ -176,11 +182,11 @@ def _digest(sets: Sets) -> str:
   )
 
 
-def _block_limit(layout: Layout, limits: Limits) -> float | None:
+def _block_limit(layout: Slice | Block, limits: Limits) -> float | None:
   """The largest share that pays; None where positions would not fit 32 bits."""
   if isinstance(layout, Slice):
     return limits.slice
-  leading = max(d for d, n in enumerate(layout.shape) if layout.packed_shape[d] != n) + 1  # type: ignore[index]
+  leading = max(d for d, n in enumerate(layout.shape) if layout.packed_shape[d] != n) + 1
   if math.prod(layout.shape[:leading]) > _INT32:
     return None
   run = math.prod(layout.shape[leading:]) * jnp.dtype(layout.dtype).itemsize

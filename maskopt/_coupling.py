@@ -43,7 +43,7 @@ def _program(optimizer: optax.GradientTransformationExtraArgs, shape: tuple[int,
       # Optax promotes; whether the caller allows that is not asked here.
       with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return list(_lines(jax.make_jaxpr(step)(leaf, leaf).jaxpr))
-    except Exception:  # noqa: BLE001 - whatever an optimizer raises for want of an argument
+    except Exception:  # whatever an optimizer raises for want of an argument
       continue
   return object()  # it needs arguments we do not know: nothing can be promised
 

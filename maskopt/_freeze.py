@@ -230,7 +230,7 @@ def state_of(tx: Any, params: Any) -> Any:
   """The state of a transform over whole parameters, without values; None if it has none."""
   try:
     return jax.eval_shape(tx.init, params)
-  except Exception:  # noqa: BLE001 - asked about an error that is on its way already
+  except Exception:  # asked about an error that is on its way already
     return None
 
 

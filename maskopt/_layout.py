@@ -70,7 +70,7 @@ class Layout:
 
   @property
   def _move(self) -> Move:
-    raise NotImplementedError
+    raise NotImplementedError  # Frozen and Full move nothing, and override what asks for it
 
   def take(self, x: Any, index: Index) -> Any:
     return _moves.read(self._move, index, x)

@@ -7,6 +7,7 @@ in the shape: `(out,)` freezes units of an `(in, out)` kernel and costs `out` by
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -51,7 +52,7 @@ class Runtime:
   count: int | None = None
 
 
-class Changing:
+class Changing(abc.ABC):
   """A mask of the step. At runtime it makes a transform that counts steps and swaps its own mask.
 
   `maskopt.unfreeze_schedule` returns one; here is what a transform must know of it.
@@ -59,13 +60,13 @@ class Changing:
 
   mode: Literal["static", "runtime"]
 
+  @abc.abstractmethod
   def __call__(self, params: Any) -> Any:
     """The mask of step 0."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def running(self, make: Callable[[Any], Any]) -> Any:
     """The transform that `make(freeze_mask)` returns, under the mask of its own step count."""
-    raise NotImplementedError
 
 
 # What one leaf's mask is after `resolve`: a bool, a NumPy or runtime mask of the parameter's rank,
@@ -262,7 +263,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def _all_frozen(mask: LeafMask) -> bool:
-  return not isinstance(mask, Runtime) and bool(np.all(mask))  # type: ignore[arg-type]
+  return not isinstance(mask, Runtime) and bool(np.all(mask))
 
 
 def check_bools(flat: _tree.Flat, where: str, remedy: str) -> None:

@@ -377,6 +377,9 @@ def random_program(seed: int) -> tuple[Callable[..., Any], list[Any], tuple[Any,
     names = ["grad", *names]
     shapes = [x.shape]
   else:
-    fun = lambda x: (f(x), jnp.sin(x))  # noqa: E731
+
+    def fun(x: Any) -> Any:
+      return f(x), jnp.sin(x)
+
     shapes = [out.shape, x.shape]
   return fun, [random_demand(r, s) for s in shapes], (x,), names

@@ -556,7 +556,10 @@ def test_extra_arguments_are_packed_and_functions_see_full_parameters():
 
   inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
   tx = selective(inner)
-  loss = lambda p: (p["w"] ** 2).sum() + p["b"].sum()  # noqa: E731 - a function of full parameters
+
+  def loss(p):
+    return (p["w"] ** 2).sum() + p["b"].sum()
+
   tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=3.0, grad=PARAMS, value_fn=loss)
   assert seen["value"] == 3.0 and seen["loss"] == loss(PARAMS)
   assert seen["grad"]["w"] == (2, 1) and isinstance(seen["grad"]["b"], optax.MaskedNode)

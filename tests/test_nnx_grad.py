@@ -123,7 +123,10 @@ def test_variable_shared_between_arguments_has_one_gradient():
   a = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
   b = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1))
   b.kernel = a.kernel
-  fun = lambda a, b: (b(a(X)) ** 2).sum()  # noqa: E731
+
+  def fun(a, b):
+    return (b(a(X)) ** 2).sum()
+
   g = maskopt.nnx.grad(fun, {"kernel": np.arange(4) < 2})(a, b)
   expected = jax.grad(lambda k: ((X @ k @ k) ** 2).sum())(a.kernel[...])
   expected = np.where(np.arange(4) < 2, 0, expected)
@@ -180,7 +183,9 @@ def test_frozen_layers_cost_no_backward_flops():
   graphdef, state = nnx.split(Deep())
 
   def flops(transform):
-    run = lambda s: nnx.as_pure(transform(lambda m: m(x).sum())(nnx.merge(graphdef, s)))  # noqa: E731
+    def run(s):
+      return nnx.as_pure(transform(lambda m: m(x).sum())(nnx.merge(graphdef, s)))
+
     return count_flops(jax.make_jaxpr(run)(state))
 
   one = 2 * 8 * 32 * 32

@@ -135,7 +135,10 @@ def test_attention_heads():
 
 def flops(fun, model, x):
   graphdef, state = nnx.split(model)
-  run = lambda s, x: nnx.as_pure(fun(nnx.merge(graphdef, s), x))  # noqa: E731
+
+  def run(s, x):
+    return nnx.as_pure(fun(nnx.merge(graphdef, s), x))
+
   compiled = jax.jit(run).lower(state, x).compile()
   return count_flops(jax.make_jaxpr(run)(state, x)), compiled.cost_analysis()["flops"]
 

@@ -83,7 +83,9 @@ def rev(eqn: Equation, r: Region) -> Piece:
     return None if d is None else ix.from_positions(np.sort(n - 1 - ix.positions(d, n)))
 
   flipped = eqn.params["dimensions"]
-  ins = (mirrored(d, n) if k in flipped else d for k, (d, n) in enumerate(zip(r, shape)))  # noqa: B905
+  ins = (
+    mirrored(d, n) if k in flipped else d for k, (d, n) in enumerate(zip(r, shape, strict=True))
+  )
   return Piece([Region(ins)], rebind(eqn))
 
 

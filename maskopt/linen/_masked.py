@@ -58,7 +58,7 @@ class Masked:
     for name, value in list(vars(self).items()):
       if name.endswith(SUFFIX):
         object.__setattr__(self, name, _carried.hashable(value))
-    super().__post_init__()  # type: ignore[misc]
+    super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]  # the module mixed in has it
 
 
 class MaskedDense(Masked, nn.Dense):

@@ -207,7 +207,8 @@ def _statistic(stat: nnx.BatchStat, still: StaticMask | bool) -> nnx.BatchStat:
   """The statistic as one that is still where said, or as an ordinary one."""
   metadata: dict[str, Any] = {k: v for k, v in stat.get_metadata().items() if k != _STILL}
   if still is not False:
-    return StillStat(stat.get_value(), **metadata, **{_STILL: still})  # type: ignore[arg-type]
+    metadata[_STILL] = still
+    return StillStat(stat.get_value(), **metadata)
   return nnx.BatchStat(stat.get_value(), **metadata) if isinstance(stat, StillStat) else stat
 
 

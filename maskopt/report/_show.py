@@ -5,6 +5,7 @@ An object describes itself once, as a `Table` of strings; the three forms differ
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 import re
@@ -142,11 +143,11 @@ def _tag(name: str, content: str, style: str) -> str:
   return f'<{name} style="{style}">{html.escape(content)}</{name}>'
 
 
-class Shown:
+class Shown(abc.ABC):
   """An object that shows itself as a `Table`."""
 
-  def _table(self) -> Table:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def _table(self) -> Table: ...
 
   def __str__(self) -> str:
     return self._table().text()
